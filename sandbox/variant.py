@@ -1,0 +1,96 @@
+"""What a kernel file declares: Variant, Tile, Infeasible; and the Device it is judged on.  [floor 1: no numba]"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .problem import Problem
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """Br query rows x Bc key rows: the tile of S that one step works on."""
+
+    Br: int
+    Bc: int
+
+    def __post_init__(self):
+        for name in ("Br", "Bc"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"tile {name}={value!r}: expected an integer")
+            if value < 1:
+                raise ValueError(f"tile {name}={value}: expected at least 1")
+
+    def __str__(self) -> str:
+        return f"{self.Br}x{self.Bc}"
+
+
+class Infeasible(ValueError):
+    """A tile that cannot run: what it needs, what there is, in one line."""
+
+    def __init__(self, tile: Tile, reason: str):
+        super().__init__(f"tile {tile}: {reason}")
+        self.tile, self.reason = tile, reason
+
+
+@dataclass(frozen=True)
+class Device:
+    """The limits a tile must keep to.  Sizes in bytes and 32-bit registers."""
+
+    name: str
+    kind: str  # "gpu" | "simulator"
+    sms: int
+    shared: int  # shared memory one block may have
+    registers: int  # registers one thread may have
+    threads: int  # threads one block may have
+
+    @property
+    def simulated(self) -> bool:
+        return self.kind == "simulator"
+
+    @property
+    def slug(self) -> str:
+        return self.name.lower().replace(" ", "-")
+
+
+SIMULATOR = Device("simulator", "simulator", sms=1, shared=232_448, registers=255, threads=1024)
+HOPPER = Device("NVIDIA H200", "gpu", sms=132, shared=232_448, registers=255, threads=1024)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel file.
+
+    direction   'fwd' | 'bwd' | 'softmax'
+    generation  'v1' | 'v2': which backward a forward takes; None for neither
+    loop_order  'q_outer' | 'kv_outer'
+    parent      the variant this one was made from; delta: the one thing that it changes, in a sentence
+    fit         (problem, tile, device) -> None, or raises Infeasible
+    build       (problem, tile, device) -> launch(*tensors); compiles on the first launch
+    softmax variants have no tile: fit and build take None
+    """
+
+    name: str
+    direction: str
+    delta: str
+    fit: Callable[[Problem, Tile, Device], None]
+    build: Callable[[Problem, Tile, Device], Callable]
+    parent: str | None = None
+    generation: str | None = None
+    loop_order: str | None = None
+    dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
+    default: bool = False  # the forward or backward that its generation's name stands for
+    deterministic: bool = True
+
+    def space(self, problem: Problem, device: Device, sizes=(16, 32, 64, 128)) -> Iterator[Tile | Infeasible]:
+        """Every tile of sizes x sizes, in order: itself where it fits, its reason where it does not."""
+        for Br in sizes:
+            for Bc in sizes:
+                tile = Tile(Br, Bc)
+                try:
+                    self.fit(problem, tile, device)
+                    yield tile
+                except Infeasible as reason:
+                    yield reason
