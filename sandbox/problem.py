@@ -74,6 +74,13 @@ class Problem:
     def itemsize(self) -> int:
         return self.torch_dtype.itemsize
 
+    @property
+    def kind(self) -> Problem:
+        """What a kernel is compiled for: d, dtype, and whether there are a band, a boolean mask and a softcap.
+        Sizes, scale and the band's place are arguments at run time."""
+        mask = Mask(causal=self.mask.banded, boolean=self.mask.boolean)
+        return Problem(1, 1, 1, 1, 1, self.d, self.dtype, mask=mask, softcap=float(self.softcap > 0))
+
     def flops(self, direction: str = "fwd") -> float:
         """4·d per seen (i, j) pair and head (a boolean mask is not looked into), x 2.5 backward."""
         pairs = self.mask.pairs(self.N_q, self.N_k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -94,3 +95,18 @@ class Variant:
                     yield tile
                 except Infeasible as reason:
                     yield reason
+
+    def launcher(self, problem: Problem, tile: Tile, device: Device) -> Callable:
+        """What `build` makes, one for all problems of this kind: launch(problem, *tensors).
+
+        fwd      launch(problem, Q, K, V, mask, O, LSE)
+        bwd      launch(problem, Q, K, V, mask, O, LSE, dO, dQ, dK, dV)
+        softmax  launch(X, Y)
+        """
+        return _built(self, problem.kind, tile, device)
+
+
+@functools.cache
+def _built(variant: Variant, kind: Problem, tile: Tile, device: Device) -> Callable:
+    variant.fit(kind, tile, device)
+    return variant.build(kind, tile, device)

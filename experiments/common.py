@@ -1,0 +1,352 @@
+"""What every experiment shares: the points it measures, how a point becomes a row, the run that can be resumed.
+
+An experiment is a file of this folder that ends with one EXPERIMENT; the runner finds it by listing the folder.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from sandbox import catalog, records, target
+from sandbox.measure import counters, formulas, gate, timing
+from sandbox.problem import Problem
+from sandbox.variant import Device, Infeasible, Tile
+
+from . import inputs
+
+READ = ("Q", "K", "V", "O", "l", "m", "LSE", "mask", "dO", "dQ", "D")
+WRITTEN = ("O", "l", "m", "LSE", "dQ", "dK", "dV", "D")
+PATIENCE_S = 120  # a longer run on the simulator asks for --force
+POOL_PAYS_S = 8  # a shorter one is not worth starting other processes for
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One question.
+
+    question   what is asked, in a sentence; fixed: what is the same at every point; factor: the one thing that is not
+    varies     the fields of a row that differ between the points of one run
+    options    click options of its own, beside --out, --fresh, --force
+    plan       (device, **options) -> the points.  Raises ValueError, TypeError or Infeasible on bad input
+    table      rows -> text; answer: rows -> the sentences that answer; draw: rows -> a matplotlib figure
+    measure    point -> the fields of its row; the points of a simulated run are measured in several processes
+    """
+
+    name: str
+    question: str
+    fixed: str
+    factor: str
+    varies: tuple[str, ...]
+    options: tuple
+    plan: Callable[..., list]
+    table: Callable[[list[dict]], str]
+    answer: Callable[[list[dict]], str]
+    draw: Callable[[list[dict]], object]
+    measure: Callable[[Point], dict] = None  # by default, the function of this name below
+    key: tuple[str, ...] = ()  # by default, what Point.fields names
+
+    def __post_init__(self):
+        object.__setattr__(self, "measure", self.measure or measure)
+        object.__setattr__(self, "key", self.key or KEY)
+
+
+# ---- a point, and its row -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """One variant on one problem with one tile; `infeasible` says why it cannot run, or is None."""
+
+    variant: str
+    direction: str
+    loop_order: str | None
+    problem: Problem
+    tile: Tile
+    input: str
+    seed: int = 0
+    infeasible: str | None = None
+    count_bytes: bool = True  # on a GPU, by its hardware counters
+    notes: dict = field(default_factory=dict, hash=False)  # further fields of the row
+
+    def fields(self) -> dict:
+        p = self.problem
+        return {
+            "variant": self.variant, "direction": self.direction, "loop_order": self.loop_order,
+            "input": self.input, "B": p.B, "H": p.H, "N": p.N_q, "d": p.d, "dtype": p.dtype, "causal": p.mask.causal,
+            "Br": self.tile.Br, "Bc": self.tile.Bc, "seed": self.seed, **self.notes, "infeasible": self.infeasible,
+        }  # fmt: skip
+
+    def seconds(self) -> float:
+        """About how long the simulator takes."""
+        from sandbox.device import simulator
+
+        return 0.0 if self.infeasible else simulator.estimate_seconds(self.problem, self.tile, self.direction)
+
+
+KEY = ("variant", "direction", "input", "B", "H", "N", "d", "dtype", "causal", "Br", "Bc", "seed")
+
+
+def point(variant, problem: Problem, tile: Tile, device: Device, **fields) -> Point:
+    """The Point, with the reason where the tile does not fit."""
+    try:
+        variant.fit(problem, tile, device)
+    except Infeasible as misfit:
+        fields["infeasible"] = misfit.reason
+    return Point(variant.name, variant.direction, variant.loop_order, problem, tile, **fields)
+
+
+def measure(point: Point) -> dict:
+    """The row's measured fields: gate, then traffic, then time; None for what this machine cannot fill.
+
+    A simulated launch is counted; a GPU's is timed, and its bytes read off the hardware counters.
+    """
+    row = dict.fromkeys(
+        [f"reads_{a}" for a in READ] + [f"writes_{a}" for a in WRITTEN]
+        + ["reads_total", "writes_total", "read_bytes", "write_bytes", "formula_reads_total", "formula_writes_total"]
+        + ["gate", "max_error", "error_ratio", "seconds", "seconds_p20", "seconds_p80", "tflops"]
+        + ["dram_read_bytes", "dram_write_bytes", "dram_bytes", "l2_bytes", "no_counters"]
+    )  # fmt: skip
+    if point.infeasible:
+        return row
+    device, variant, p = target.device(), catalog.find(point.variant), point.problem
+    if formula := formulas.traffic(point.variant, p, point.tile):
+        row |= {"formula_reads_total": formula.total_reads, "formula_writes_total": formula.total_writes}
+    try:
+        verdict = gate.check(variant, p, point.tile, inputs.make(point.input, p, point.seed), device)
+    except (Infeasible, torch.OutOfMemoryError) as misfit:
+        return row | {"infeasible": getattr(misfit, "reason", "out of the GPU's memory")}
+    row |= {
+        "gate": "passed" if verdict.passed else "failed",
+        "max_error": _finite(verdict.max_error),
+        "error_ratio": _finite(verdict.ratio),
+    }
+    if verdict.traffic is not None:
+        row |= _counts(verdict.traffic)
+    if verdict.passed and not device.simulated:
+        row |= _time(verdict, p, variant.direction)
+        if point.count_bytes:
+            row |= _bytes(point)
+    return row
+
+
+def _counts(traffic) -> dict:
+    strange = set(traffic.reads) - set(READ) | set(traffic.writes) - set(WRITTEN)
+    if strange:
+        raise ValueError(f"no column for the traffic of {', '.join(sorted(strange))}")
+    return {
+        **{f"reads_{a}": traffic.reads.get(a, 0) for a in READ},
+        **{f"writes_{a}": traffic.writes.get(a, 0) for a in WRITTEN},
+        "reads_total": sum(traffic.reads.values()), "writes_total": sum(traffic.writes.values()),
+        "read_bytes": traffic.read_bytes, "write_bytes": traffic.write_bytes,
+    }  # fmt: skip
+
+
+def _time(verdict, p: Problem, direction: str) -> dict:
+    t = timing.time(verdict)
+    return {
+        "seconds": t.ms * 1e-3, "seconds_p20": t.ms_p20 * 1e-3, "seconds_p80": t.ms_p80 * 1e-3,
+        "tflops": p.flops(direction) / t.ms * 1e-9,
+    }  # fmt: skip
+
+
+def _bytes(point: Point) -> dict:
+    found, reason = counters.count(point.variant, point.direction, point.problem, point.tile, point.seed)
+    if found is None:
+        return {"no_counters": reason}
+    return {
+        "dram_read_bytes": found.dram_read_bytes, "dram_write_bytes": found.dram_write_bytes,
+        "dram_bytes": found.dram_bytes, "l2_bytes": found.l2_bytes,
+    }  # fmt: skip
+
+
+def _finite(x: float) -> float | None:
+    return float(x) if math.isfinite(x) else None
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+def run(experiment: Experiment, out: Path, fresh: bool, force: bool, options: dict) -> bool:
+    """Plans, measures what is not on record yet, reports.  False if a point failed the gate.
+
+    Raises click.UsageError, before anything is launched or written, on bad input.
+    """
+    device = target.device()
+    try:
+        points = experiment.plan(device, **options)
+        log = records.Log(out, experiment.name, experiment.key)
+    except (ValueError, TypeError) as error:
+        raise click.UsageError(str(error)) from None
+    stamp = records.provenance(device)
+    on_record = [None if fresh else log.find(p.fields() | stamp) for p in points]
+    pending = [p for p, row in zip(points, on_record) if row is None]
+    seconds = sum(p.seconds() for p in pending) / _workers(pending) if device.simulated else 0
+    if seconds > PATIENCE_S and not force:
+        raise click.UsageError(f"about {seconds:,.0f} s on the simulator; make it smaller, or pass --force to wait")
+
+    click.echo(f"{experiment.question}\n  fixed   {experiment.fixed}\n  factor  {experiment.factor}")
+    click.echo(f"  device  {device.name}" + (": counted and checked, not timed" if device.simulated else ""))
+    if len(pending) < len(points):
+        click.echo(f"  {len(points) - len(pending)} of {len(points)} points are on record; --fresh measures them again")
+
+    rows = {id(p): row for p, row in zip(points, on_record)}
+    try:
+        with tqdm(total=len(points), initial=len(points) - len(pending), unit="point", desc=experiment.name) as bar:
+            for p, measured in _measured(experiment.measure, pending, device, seconds):
+                rows[id(p)] = (
+                    p.fields() | measured | stamp | {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+                )
+                log.append(rows[id(p)])
+                bar.update()
+    except KeyboardInterrupt:
+        done = sum(row is not None for row in rows.values())
+        click.echo(f"\nstopped: {done} of {len(points)} points are in {log.path}; the same command goes on", err=True)
+        raise
+    rows = [rows[id(p)] for p in points]
+    log.finish(rows)
+    report(experiment, rows, out)
+    failed = [row for row in rows if row["gate"] == "failed"]
+    for row in failed:
+        click.echo(f"FAILED the gate: {row['variant']} N={row['N']} tile {row['Br']}x{row['Bc']}", err=True)
+    return not failed
+
+
+def report(experiment: Experiment, rows: list[dict], out: Path):
+    """Table, answer and picture, from the rows alone."""
+    click.echo("\n" + experiment.table(rows) + "\n")
+    for reason in dict.fromkeys(row["no_counters"] for row in rows if row.get("no_counters")):
+        click.echo(f"{reason}\n")
+    click.echo(experiment.answer(rows))
+    draft = out / f".{experiment.name}.{os.getpid()}.png"
+    try:
+        experiment.draw(rows).savefig(draft)
+        os.replace(draft, out / f"{experiment.name}.png")
+    finally:
+        draft.unlink(missing_ok=True)
+    click.echo("\nwritten: " + "  ".join(str(out / f"{experiment.name}.{end}") for end in ("jsonl", "csv", "png")))
+
+
+def like_the_last(experiment: Experiment, rows: list[dict]) -> list[dict]:
+    """The rows that one run would report: those that differ from the last one in nothing but what varies."""
+    same = [name for name in (*experiment.key, "device") if name not in experiment.varies]
+    return [row for row in rows if all(row[name] == rows[-1][name] for name in same)]
+
+
+def _workers(points) -> int:
+    return max(1, min(os.cpu_count() or 1, len(points)))
+
+
+def _measured(measure, points, device, seconds):
+    """(point, measured) as they come; the longest points start first."""
+    if not device.simulated or seconds < POOL_PAYS_S or _workers(points) == 1:
+        for p in points:
+            yield p, measure(p)
+        return
+    points = sorted(points, key=Point.seconds, reverse=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(_workers(points), context, _start_worker) as pool:
+        try:
+            futures = {pool.submit(measure, p): p for p in points}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:  # Ctrl-C too: nobody waits for what has been started
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    torch.set_num_threads(1)
+
+
+# ---- options that experiments have in common ------------------------------------------------------------------------
+
+
+class Integers(click.ParamType):
+    """`--seqlen 64,128`: positive integers between commas; the option may be repeated too."""
+
+    name = "INT[,INT]"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(word) for word in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not an integer, nor several between commas", param, ctx)
+        if min(numbers) < 1:
+            self.fail(f"{min(numbers)} is not a positive integer", param, ctx)
+        return numbers
+
+
+def integers(*names, help):
+    """An option of several integers: sorted, each once; None where it is not given."""
+
+    def flatten(ctx, param, values):
+        return tuple(sorted({n for numbers in values for n in numbers})) or None
+
+    return click.option(*names, type=Integers(), multiple=True, callback=flatten, help=help)
+
+
+SIZE = click.IntRange(min=1)
+INPUT = click.option("--input", type=click.Choice(inputs.NAMES), help="Real or random; real where nothing is timed.")
+HEAD_DIM = click.option("--head-dim", type=SIZE, help="d; 32 for minilm, else 64.")
+BATCH = click.option("--batch", type=SIZE, default=1, show_default=True, help="B")
+CAUSAL = click.option("--causal/--no-causal", default=False, show_default=True)
+SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the draws (dO is one for minilm too).")
+DTYPE = click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+
+
+# ---- tables and sentences -------------------------------------------------------------------------------------------
+
+
+def grid(rows: list[list], headers: list[str]) -> str:
+    """A table as wide as its words, numbers to the right."""
+    return tabulate(rows, headers, "simple", missingval="–", disable_numparse=True, colalign=_sides(rows, headers))
+
+
+def _sides(rows, headers):
+    return ["right" if all(_numeric(row[n]) for row in rows) else "left" for n in range(len(headers))]
+
+
+def _numeric(cell) -> bool:
+    return cell is None or str(cell)[:1] in "0123456789+-–✓×"
+
+
+def count(n: float | None) -> str | None:
+    """Elements or bytes in words as short as a table wants: 1,024 · 65.5k · 2.1M."""
+    if n is None:
+        return None
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
+        if n >= size:
+            return f"{n / (1e3 if unit == 'k' else size):,.1f}{unit}"
+    return f"{n:,.0f}"
+
+
+def total(row: dict) -> int | None:
+    """Accesses of a row: counted where they were, else by the formula."""
+    for kind in ("", "formula_"):
+        if row[f"{kind}reads_total"] is not None:
+            return row[f"{kind}reads_total"] + row[f"{kind}writes_total"]
+    return None
+
+
+def agrees(row: dict) -> bool | None:
+    """Whether counted and formula totals are equal; None where one of them is missing."""
+    pairs = [(row[f"{way}_total"], row[f"formula_{way}_total"]) for way in ("reads", "writes")]
+    return None if any(None in pair for pair in pairs) else all(a == b for a, b in pairs)

@@ -1,0 +1,226 @@
+"""From a Python kernel to an sm_90a binary, with or without a GPU, kept on disk; and its launch.
+
+Numba's public compiler gives PTX, nvJitLink a cubin and ptxas's report.  Binaries are kept under a key that covers
+the code of the kernel and of all it calls, their constants, the argument types and the compiler's versions, so an
+edited kernel or another tile never meets an old binary.  Files appear by atomic rename and carry their own hash: a
+broken one is rebuilt, and where the folder cannot be written the binary lives in memory only.
+Numba's own launcher costs 38-103 µs a call; here arguments are packed once a call and given to cuLaunchKernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dis
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import threading
+import types as python_types
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from cuda.bindings import driver, nvjitlink
+from numba import cuda
+from numba.cuda import types
+
+_lock = threading.RLock()
+_ELEMENT = {
+    torch.float32: types.float32,
+    torch.float16: types.float16,
+    torch.bfloat16: types.int16,
+    torch.bool: types.uint8,
+    torch.uint8: types.uint8,
+    torch.int32: types.int32,
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ptxas says of a kernel: registers a thread, bytes of stack and of spills a thread."""
+
+    entry: str
+    registers: int
+    stack: int
+    spills: int
+
+
+class Binary:
+    """A cubin and its report; loaded into a CUDA context on its first launch there."""
+
+    def __init__(self, cubin: bytes, report: Report):
+        self.cubin, self.report = cubin, report
+        self._function, self._shared = {}, {}
+
+    def launch(self, grid: int, threads: int, shared: int, args) -> None:
+        """Launches on torch's current device and stream.  Raises RuntimeError where the driver refuses."""
+        function = self._load(shared)
+        values, kinds = [], []
+        for a in args:
+            _pack(a, values, kinds)
+        stream = torch.cuda.current_stream().cuda_stream
+        _check(driver.cuLaunchKernel(
+            function, grid, 1, 1, threads, 1, 1, shared, stream, (tuple(values), tuple(kinds)), 0
+        ))  # fmt: skip
+        if os.environ.get("SANDBOX_SYNC") == "1":
+            torch.cuda.synchronize()
+
+    def _load(self, shared: int):
+        index = torch.cuda.current_device()
+        if index not in self._function:
+            torch.cuda.current_stream()  # makes the primary context current
+            torch.empty(1, device="cuda")
+            module = _check(driver.cuModuleLoadData(self.cubin))
+            self._function[index] = _check(driver.cuModuleGetFunction(module, self.report.entry.encode())), module
+        function = self._function[index][0]
+        if shared > max(48 << 10, self._shared.get(index, 0)):
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(function, attribute, shared))
+            self._shared[index] = shared
+        return function
+
+
+def _check(result):
+    error, *values = result
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"CUDA driver: {error.name}")
+    return values[0] if values else None
+
+
+def _pack(a, values: list, kinds: list) -> None:
+    """One argument as the Numba ABI takes it: an array is its struct, member by member."""
+    if isinstance(a, torch.Tensor):
+        size = a.element_size()
+        values += [0, 0, a.numel(), size, a.data_ptr(), *a.shape, *(s * size for s in a.stride())]
+        kinds += [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_void_p] + [ctypes.c_int64] * (2 * a.ndim)
+    elif isinstance(a, float):
+        values.append(a)
+        kinds.append(ctypes.c_float)
+    else:
+        values.append(int(a))
+        kinds.append(ctypes.c_int32)
+
+
+def signature(args) -> tuple:
+    """The Numba types of these arguments.  Arrays are always strided, so strides never ask for another binary."""
+    return tuple(
+        types.Array(_ELEMENT[a.dtype], a.ndim, "A") if isinstance(a, torch.Tensor)
+        else types.float32 if isinstance(a, float) else types.int32
+        for a in args
+    )  # fmt: skip
+
+
+def kernel(function, argument_types: tuple, threads: int, arch: str = "sm_90a") -> Binary:
+    """The binary of a kernel for these argument types and threads a block, from the cache or compiled now."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        arch = f"sm_{major}{minor}" + "a" * (major == 9)
+    key = hashlib.sha256(
+        repr((_fingerprint(function), argument_types, threads, arch, _versions())).encode()
+    ).hexdigest()
+    with _lock:
+        path = cache_folder() / f"{function.__name__}-{key[:24]}.cubin"
+        if (binary := _read(path)) is None:
+            binary = _compile(function, argument_types, threads, arch)
+            _write(path, binary)
+        return binary
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("SANDBOX_CACHE") or Path.home() / ".cache" / "sandbox")
+
+
+def _compile(function, argument_types, threads, arch) -> Binary:
+    _compile_without_gpu()
+    cc = tuple(int(x) for x in re.match(r"sm_(\d+)(\d)", arch).groups()) + (("a",) if arch.endswith("a") else ())
+    ptx, _ = cuda.compile(
+        function, types.void(*argument_types), device=False, abi="numba", cc=cc, output="ptx", launch_bounds=threads
+    )
+    entry = re.search(r"\.entry (\S+)\(", ptx).group(1)
+    source = ptx.encode()
+    handle = nvjitlink.create(3, [f"-arch={arch}", "-O3", "-verbose"])
+    try:
+        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, source, len(source), function.__name__)
+        nvjitlink.complete(handle)
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, cubin)
+        log = bytearray(nvjitlink.get_info_log_size(handle))
+        nvjitlink.get_info_log(handle, log)
+    finally:
+        nvjitlink.destroy(handle)
+    log = log.decode(errors="replace")
+    stack, stores, loads = map(int, re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+    ).groups())  # fmt: skip
+    return Binary(
+        bytes(cubin), Report(entry, int(re.search(r"Used (\d+) registers", log).group(1)), stack, stores + loads)
+    )
+
+
+@functools.cache
+def _compile_without_gpu() -> None:
+    """numba-cuda asks for the current device to type a call of a device function; any Hopper answers."""
+    if "numba_cuda" not in cuda.__file__:
+        raise RuntimeError("numba's built-in cuda was imported instead of numba-cuda: pip install 'numba-cuda[cu13]'")
+    if not torch.cuda.is_available():
+        from numba.cuda import dispatcher
+
+        dispatcher.get_current_device = lambda: python_types.SimpleNamespace(compute_capability=(9, 0))
+
+
+@functools.cache
+def _versions() -> tuple:
+    names = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-bindings")
+    found = []
+    for name in names:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append((name, None))
+    return tuple(found)
+
+
+def _fingerprint(x):
+    """All that decides what a function compiles to: its code, its constants, and the same of all it calls."""
+    if hasattr(x, "fingerprint"):
+        return x.fingerprint
+    function = getattr(x, "py_func", x)
+    if isinstance(function, python_types.FunctionType):
+        code = function.__code__
+        loaded = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+        used = [c.cell_contents for c in function.__closure__ or ()]
+        used += [function.__globals__[name] for name in sorted(loaded & set(function.__globals__))]
+        consts = repr([c for c in code.co_consts if not isinstance(c, python_types.CodeType)])
+        return code.co_code.hex(), consts, code.co_names, code.co_freevars, [_fingerprint(v) for v in used]
+    if isinstance(x, python_types.ModuleType):
+        return x.__name__
+    if isinstance(x, (int, float, str, tuple, type(None), np.generic, types.Type)):
+        return repr(x)
+    return getattr(x, "__qualname__", None) or repr(type(x))
+
+
+def _read(path: Path) -> Binary | None:
+    try:
+        header, _, cubin = path.read_bytes().partition(b"\n")
+        header = json.loads(header)
+        if header.pop("sha256") == hashlib.sha256(cubin).hexdigest():
+            return Binary(cubin, Report(**header))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _write(path: Path, binary: Binary) -> None:
+    header = json.dumps({**asdict(binary.report), "sha256": hashlib.sha256(binary.cubin).hexdigest()})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(header.encode() + b"\n" + binary.cubin)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # a read-only folder: compiled again in the next process

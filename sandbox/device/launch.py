@@ -1,0 +1,60 @@
+"""Launch: one kernel on a grid of blocks, on a GPU (compiled on first use, on torch's current stream) or simulated."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import torch
+
+from .scalar import SIMULATED
+
+
+class Launch:
+    """A kernel with its block size and shared memory: ``Launch(kernel, threads, shared)(grid, *args)``.
+
+    kernel   a ``cuda.jit`` function
+    threads  threads a block
+    warp     lanes that the kernel relies on to run in step (at most 32); the simulator's warps are that narrow
+    shared   bytes of dynamic shared memory
+    Arguments are torch tensors (bf16 and bool as their bits), ints (int32) and floats (float32), always in that type.
+    """
+
+    def __init__(self, kernel, threads: int, shared: int = 0, warp: int = 32):
+        self.function = kernel.py_func
+        self.names = list(inspect.signature(self.function).parameters)
+        self.threads, self.shared, self.warp = threads, shared, warp
+        self._compiled = {}
+
+    def __call__(self, grid: int, *args) -> None:
+        if grid == 0:
+            return
+        if SIMULATED:
+            from . import simulator
+
+            simulator.launch(self.function, self.names, grid, self.threads, [_host(a) for a in args], self.warp)
+        else:
+            self.compiled(*args).launch(grid, self.threads, self.shared, args)
+
+    def compiled(self, *args):
+        """The binary for arguments of these types and for the current device: compiled, or read from the disk cache."""
+        from . import compile
+
+        key = compile.signature(args), torch.cuda.current_device() if torch.cuda.is_available() else None
+        if key not in self._compiled:
+            self._compiled[key] = compile.kernel(self.function, key[0], self.threads)
+        return self._compiled[key]
+
+
+def scratch(*shape: int, like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised float32 tensor on like's device; poisoned with NaN where that costs nothing that matters."""
+    return torch.full(shape, torch.nan, device=like.device) if SIMULATED else torch.empty(shape, device=like.device)
+
+
+BITS = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}
+
+
+def _host(a):
+    if isinstance(a, torch.Tensor):
+        return a.detach().view(BITS.get(a.dtype, a.dtype)).numpy()
+    return np.float32(a) if isinstance(a, float) else a

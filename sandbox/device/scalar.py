@@ -1,0 +1,93 @@
+"""Arithmetic on single numbers: the same names on a GPU and on the simulator, always rounding to float32."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import cuda, float32, int16, int32
+from numba.cuda import types
+
+from .. import target
+
+SIMULATED = target.KIND == "simulator"
+
+ZERO, ONE = np.float32(0), np.float32(1)
+NEG_INF = np.float32(-math.inf)
+
+
+def device_function(function):
+    """A function that kernels call: inlined on a GPU, plain Python on the simulator."""
+    if SIMULATED:
+        from .simulator import register
+
+        return register(function)
+    return cuda.jit(device=True, forceinline=True)(function)
+
+
+if SIMULATED:
+    exp, log, tanh = np.exp, np.log, np.tanh
+    from_fp16 = np.float32
+    to_fp16 = np.float16
+
+    def from_bf16(bits):
+        """bf16 is the upper half of a float32."""
+        return np.array(np.int32(bits) << 16, np.int32).view(np.float32)[()]
+
+    def to_bf16(x):
+        """Rounds to nearest even; NaN stays NaN."""
+        if x != x:
+            return np.int16(0x7FC0)
+        bits = int(np.array(x, np.float32).view(np.uint32))
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.array(bits, np.uint16).view(np.int16)[()]
+
+else:
+    from numba.cuda import libdevice
+
+    @device_function
+    def exp(x):
+        return math.exp(x)
+
+    @device_function
+    def log(x):
+        return math.log(x)
+
+    @device_function
+    def tanh(x):
+        return math.tanh(x)
+
+    @device_function
+    def from_fp16(x):
+        return float32(x)
+
+    @device_function
+    def to_fp16(x):
+        return types.float16(x)
+
+    @device_function
+    def from_bf16(bits):
+        """bf16 is the upper half of a float32."""
+        return libdevice.int_as_float(int32(int32(bits) << int32(16)))
+
+    @device_function
+    def to_bf16(x):
+        """Rounds to nearest even; NaN stays NaN."""
+        if x != x:
+            return int16(0x7FC0)
+        bits = libdevice.float_as_int(x)
+        lsb = (bits >> int32(16)) & int32(1)
+        return int16((bits + int32(0x7FFF) + lsb) >> int32(16))
+
+
+@device_function
+def same(x):
+    return x
+
+
+def conversions(dtype: str):
+    """(widen, narrow): how a dtype enters float32 arithmetic on a load, and leaves it on a store.
+
+    bf16 travels as int16 bits, since NumPy and the simulator do not know it.
+    """
+    return {"fp32": (same, same), "fp16": (from_fp16, to_fp16), "bf16": (from_bf16, to_bf16)}[dtype]

@@ -1,0 +1,299 @@
+"""Tiles: who owns what, where they lie in shared memory, how they are loaded, multiplied and stored.
+
+A block is TY x TX threads; thread (ty, tx) owns rows ty, ty + TY, … and columns tx, tx + TX, … of every tile that it
+holds in registers (rS, rO, …).  The TX threads of a row are neighbours in one warp, so a row of S is reduced by
+shuffles and a row of P handed over through shared memory without a block barrier.
+
+Registers are `cuda.local.array`s indexed by compile-time constants only: NVVM unrolls the loops and keeps them in
+registers.  Each function here is made for one tile, since its trip counts must be constants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from numba import cuda, float32
+
+from ..variant import Device, Infeasible, Tile
+from .scalar import SIMULATED, ZERO, device_function, same
+
+
+def _ceil(n: int, step: int) -> int:
+    return -(-n // step)
+
+
+@dataclass(frozen=True)
+class Threads:
+    """How TY x TX threads share tiles of Br query rows, Bc key rows and d columns.
+
+    Tiles are padded, never the data: rows and columns past Br, Bc, d are zeros that no result depends on.
+    """
+
+    TY: int
+    TX: int
+    Br: int
+    Bc: int
+    d: int
+
+    @classmethod
+    def of(cls, tile: Tile, d: int, device: Device, direction: str = "fwd") -> Threads:
+        """16 lanes a row on a GPU, with enough rows of threads that a thread's tiles stay in registers."""
+        if device.simulated:
+            return cls(4, 4, tile.Br, tile.Bc, d)
+        choices = (cls(TY, 16, tile.Br, tile.Bc, d) for TY in (8, 16, 32))
+        return next((t for t in choices if t.accumulators(direction) <= ACCUMULATORS), cls(32, 16, tile.Br, tile.Bc, d))
+
+    @property
+    def count(self) -> int:
+        return self.TY * self.TX
+
+    @property
+    def RA(self) -> int:
+        """Query rows of a thread."""
+        return _ceil(self.Br, self.TY)
+
+    @property
+    def RB(self) -> int:
+        """Keys of a thread, as columns of S."""
+        return self.Bc_padded // self.TX
+
+    @property
+    def RC(self) -> int:
+        """Keys of a thread, as rows of dK and dV."""
+        return self.Bc_padded // self.TY
+
+    @property
+    def RD(self) -> int:
+        """Head columns of a thread."""
+        return _ceil(self.d, self.TX)
+
+    @property
+    def Br_padded(self) -> int:
+        return self.RA * self.TY
+
+    @property
+    def Bc_padded(self) -> int:
+        step = max(self.TX, self.TY)
+        return _ceil(self.Bc, step) * step
+
+    @property
+    def d_padded(self) -> int:
+        return self.RD * self.TX
+
+    def accumulators(self, direction: str) -> int:
+        """float32 registers that a thread's tiles take."""
+        S, O = self.RA * self.RB, self.RA * self.RD
+        return S + O if direction == "fwd" else 2 * S + O + 2 * self.RC * self.RD
+
+    def check(self, tile: Tile, shared_bytes: int, device: Device, direction: str) -> None:
+        """Raises Infeasible where shared memory or registers do not suffice."""
+        if shared_bytes > device.shared:
+            raise Infeasible(tile, f"needs {shared_bytes:,} B of shared memory, a block has {device.shared:,} B")
+        if device.simulated:
+            return
+        if (n := self.accumulators(direction)) > MAX_ACCUMULATORS:
+            raise Infeasible(tile, f"needs {n} accumulators a thread, {MAX_ACCUMULATORS} of {device.registers} fit")
+
+
+ACCUMULATORS = 96  # a thread's tiles, beside its addresses and operands; more rows of threads where it would be more
+MAX_ACCUMULATORS = 128
+
+
+class Shared:
+    """The shared-memory tiles of a kernel, one after another: ``Shared(sQ=(Br, d), sK=(Bc, d))``.
+
+    Each row is padded by one element, so that the lanes of a warp that walk down a column meet different banks.
+    Iterating gives, in order, the functions that a kernel calls to get its tiles: ``tile_Q(smem)``.
+    """
+
+    def __init__(self, **shapes: tuple[int, ...]):
+        self.tiles, offset = [], 0
+        for name, shape in shapes.items():
+            rows, ld = (shape[0], shape[1] + 1) if len(shape) == 2 else (1, shape[0])
+            self.tiles.append(shared_tile(name, offset, rows, ld, len(shape)))
+            offset += rows * ld
+        self.bytes = 4 * offset
+
+    def __iter__(self):
+        return iter(self.tiles)
+
+
+def shared_tile(name: str, offset: int, rows: int, ld: int, ndim: int):
+    """A function smem -> float32 tile [rows, ld] (or [ld] where ndim is 1), `offset` elements into smem."""
+    if SIMULATED:
+        from .simulator import tile_of
+
+        return lambda smem: tile_of(smem, name, (rows, ld) if ndim == 2 else (ld,))
+
+    from .intrinsics import tile_view
+
+    return tile_view(offset, (rows, ld) if ndim == 2 else (ld,))
+
+
+class Blocks:
+    """The operations of one kernel on its tiles.  Shapes below are [rows, columns] of the whole tile."""
+
+    def __init__(self, threads: Threads):
+        self.threads = threads
+
+    def load(self, rows: int, widen):
+        """load(sX, X, b, n0, end, h, t): sX [rows, d] = X[b, n0:end, h, :], zeros past the end and past d."""
+        T, W, d = self.threads.count, self.threads.d_padded, self.threads.d
+
+        @device_function
+        def load(sX, X, b, n0, end, h, t):
+            for k in range(t, rows * W, T):
+                r, c = k // W, k % W
+                if n0 + r < end and c < d:
+                    sX[r, c] = widen(X[b, n0 + r, h, c])
+                else:
+                    sX[r, c] = ZERO
+
+        return load
+
+    def load_rows(self, rows: int):
+        """load_rows(sx, x, b, h, n0, end, t): sx [rows] = x[b, h, n0:end], zeros past the end."""
+        T = self.threads.count
+
+        @device_function
+        def load_rows(sx, x, b, h, n0, end, t):
+            for r in range(t, rows, T):
+                sx[r] = x[b, h, n0 + r] if n0 + r < end else ZERO
+
+        return load_rows
+
+    def product_nt(self, RA: int, RB: int, K: int):
+        """product(rC, sA, sB, ty, tx): rC [rows, columns] += sA [rows, K] · sB [columns, K]ᵀ."""
+        TY, TX = self.threads.TY, self.threads.TX
+
+        @device_function
+        def product(rC, sA, sB, ty, tx):
+            rB = cuda.local.array(RB, float32)
+            for k in range(K):
+                for b in range(RB):
+                    rB[b] = sB[tx + b * TX, k]
+                for a in range(RA):
+                    x = sA[ty + a * TY, k]
+                    for b in range(RB):
+                        rC[a, b] += x * rB[b]
+
+        return product
+
+    def product_nn(self, RA: int, RB: int, K: int):
+        """product(rC, sA, sB, ty, tx): rC [rows, columns] += sA [rows, K] · sB [K, columns]."""
+        TY, TX = self.threads.TY, self.threads.TX
+
+        @device_function
+        def product(rC, sA, sB, ty, tx):
+            rB = cuda.local.array(RB, float32)
+            for k in range(K):
+                for b in range(RB):
+                    rB[b] = sB[k, tx + b * TX]
+                for a in range(RA):
+                    x = sA[ty + a * TY, k]
+                    for b in range(RB):
+                        rC[a, b] += x * rB[b]
+
+        return product
+
+    def product_tn(self, RA: int, RB: int, K: int):
+        """product(rC, sA, sB, ty, tx): rC [rows, columns] += sA [K, rows]ᵀ · sB [K, columns]."""
+        TY, TX = self.threads.TY, self.threads.TX
+
+        @device_function
+        def product(rC, sA, sB, ty, tx):
+            rB = cuda.local.array(RB, float32)
+            for k in range(K):
+                for b in range(RB):
+                    rB[b] = sB[k, tx + b * TX]
+                for a in range(RA):
+                    x = sA[k, ty + a * TY]
+                    for b in range(RB):
+                        rC[a, b] += x * rB[b]
+
+        return product
+
+    def put(self, RA: int, RB: int):
+        """put(sC, rC, ty, tx): sC [rows, columns] = rC."""
+        TY, TX = self.threads.TY, self.threads.TX
+
+        @device_function
+        def put(sC, rC, ty, tx):
+            for a in range(RA):
+                for b in range(RB):
+                    sC[ty + a * TY, tx + b * TX] = rC[a, b]
+
+        return put
+
+    def fill(self, RA: int, RB: int):
+        """fill(rC, x): every element of rC is x."""
+
+        @device_function
+        def fill(rC, x):
+            for a in range(RA):
+                for b in range(RB):
+                    rC[a, b] = x
+
+        return fill
+
+    def fill_rows(self, RA: int):
+        """fill_rows(rc, x): every element of rc [rows] is x."""
+
+        @device_function
+        def fill_rows(rc, x):
+            for a in range(RA):
+                rc[a] = x
+
+        return fill_rows
+
+    def scale_rows(self, RA: int, RB: int):
+        """scale_rows(rC, rx): rC = diag(rx) rC."""
+
+        @device_function
+        def scale_rows(rC, rx):
+            for a in range(RA):
+                for b in range(RB):
+                    rC[a, b] *= rx[a]
+
+        return scale_rows
+
+    def fetch(self, RA: int, RB: int, widen=same):
+        """fetch(rC, X, b, n0, end, h, ty, tx): rC = X[b, n0:end, h, :], zeros past the end and past d."""
+        TY, TX, d = self.threads.TY, self.threads.TX, self.threads.d
+
+        @device_function
+        def fetch(rC, X, b, n0, end, h, ty, tx):
+            for a in range(RA):
+                for e in range(RB):
+                    n, c = n0 + ty + a * TY, tx + e * TX
+                    rC[a, e] = widen(X[b, n, h, c]) if n < end and c < d else ZERO
+
+        return fetch
+
+    def store(self, RA: int, RB: int, narrow=same):
+        """store(X, rC, b, n0, end, h, ty, tx): X[b, n0:end, h, :] = rC, narrowed to X's dtype."""
+        TY, TX, d = self.threads.TY, self.threads.TX, self.threads.d
+
+        @device_function
+        def store(X, rC, b, n0, end, h, ty, tx):
+            for a in range(RA):
+                for e in range(RB):
+                    n, c = n0 + ty + a * TY, tx + e * TX
+                    if n < end and c < d:
+                        X[b, n, h, c] = narrow(rC[a, e])
+
+        return store
+
+    def add(self, RA: int, RB: int):
+        """add(X, rC, b, n0, end, h, ty, tx): X[b, n0:end, h, :] += rC by atomics, X a float32 array."""
+        TY, TX, d = self.threads.TY, self.threads.TX, self.threads.d
+
+        @device_function
+        def add(X, rC, b, n0, end, h, ty, tx):
+            for a in range(RA):
+                for e in range(RB):
+                    n, c = n0 + ty + a * TY, tx + e * TX
+                    if n < end and c < d:
+                        cuda.atomic.add(X, (b, n, h, c), rC[a, e])
+
+        return add

@@ -1,0 +1,92 @@
+"""Which tiles a block visits and what it sees there: the mask, on the device.
+
+The kernel's arguments `lo, hi` are Mask.band's: row i sees key j when i + lo <= j <= i + hi.
+"""
+
+from __future__ import annotations
+
+from numba import int32, int64
+
+from ..problem import Problem
+from .scalar import NEG_INF, ONE, device_function, tanh
+from .tiles import Threads
+
+
+@device_function
+def ceil_div(n, step):
+    return (n + step - 1) // step
+
+
+class Visit:
+    """The mask of a problem as a kernel meets it, tile by tile.  Compile-time: its kind.  Run time: its sizes."""
+
+    def __init__(self, problem: Problem, threads: Threads):
+        TY, TX, Br, Bc = threads.TY, threads.TX, threads.Br, threads.Bc
+        RA, RB = threads.RA, threads.RB
+        BANDED, BOOLEAN, SOFTCAP = problem.mask.banded, problem.mask.boolean, problem.softcap > 0
+        bits = int32 if RB < 32 else int64
+
+        @device_function
+        def key_blocks(i0, N_q, N_k, lo, hi):
+            """(first, end) of the key blocks that rows i0 … i0+Br-1 touch; the band empties all others."""
+            if not BANDED:
+                return 0, ceil_div(N_k, Bc)
+            first, end = max(0, i0 + lo), min(N_k, min(i0 + Br, N_q) + hi)
+            if first >= end:
+                return 0, 0
+            return first // Bc, ceil_div(end, Bc)
+
+        @device_function
+        def query_blocks(j0, N_q, N_k, lo, hi):
+            """(first, end) of the query blocks that see any of keys j0 … j0+Bc-1."""
+            if not BANDED:
+                return 0, ceil_div(N_q, Br)
+            first, end = max(0, j0 - hi), min(N_q, min(j0 + Bc, N_k) - lo)
+            if first >= end:
+                return 0, 0
+            return first // Br, ceil_div(end, Br)
+
+        @device_function
+        def look(rseen, mask, b, h, i0, j0, N_q, N_k, lo, hi, ty, tx):
+            """Bit e of rseen[a]: whether the thread's row a sees its column e.  Returns 1 if any does."""
+            any_seen = 0
+            for a in range(RA):
+                r, i, seen = ty + a * TY, i0 + ty + a * TY, 0
+                if r < Br and i < N_q:
+                    for e in range(RB):
+                        c, j = tx + e * TX, j0 + tx + e * TX
+                        if c < Bc and j < N_k:
+                            if not BANDED or (i + lo <= j and j <= i + hi):
+                                if not BOOLEAN or mask[b, h, i, j] != 0:
+                                    seen |= 1 << e
+                rseen[a] = seen
+                if seen != 0:
+                    any_seen = 1
+            return any_seen
+
+        @device_function
+        def score(rS, rseen, scale, softcap):
+            """S = scale · S, softcapped, -inf where the mask hides the key."""
+            for a in range(RA):
+                for e in range(RB):
+                    s = rS[a, e] * scale
+                    if SOFTCAP:
+                        s = softcap * tanh(s / softcap)
+                    rS[a, e] = s if (rseen[a] >> e) & 1 else NEG_INF
+
+        @device_function
+        def slope(s, softcap):
+            """d(capped score)/d(score), from the capped score s."""
+            if SOFTCAP:
+                x = s / softcap
+                return ONE - x * x
+            return ONE
+
+        self.key_blocks, self.query_blocks, self.look, self.score, self.slope = (
+            key_blocks,
+            query_blocks,
+            look,
+            score,
+            slope,
+        )
+        self.bits, self.boolean = bits, BOOLEAN

@@ -1,0 +1,148 @@
+"""FlashAttention-1, forward: K and V outside, Q inside.  [FA1, 2205.14135, Algorithm 1]
+
+One block a head.  Each step joins one tile to its row block: O, l and m come from global memory, are rescaled so that
+O is normalised again, and go back.  Every tile is visited, whatever the mask; one that it empties adds nothing.
+O travels in float32 (O_acc) until its last visit, as 16 bits would round it anew at every step.
+"""
+
+from numba import cuda, float32
+
+from ..device import Blocks, Launch, Shared, Softmax, Threads, Visit, conversions, scratch
+from ..device.scalar import NEG_INF, ONE, ZERO, log
+from ..variant import Variant
+
+
+def layout(problem, tile, device):
+    Br, Bc, d = tile.Br, tile.Bc, problem.d
+    t = Threads.of(tile, d, device)
+    rows, keys, columns = t.Br_padded, t.Bc_padded, t.d_padded
+    return t, Shared(
+        sQ=(rows, columns), sK=(keys, columns), sV=(keys, columns), sP=(rows, keys), sl=(rows,), sm=(rows,)
+    )  # fmt: skip
+
+
+def fit(problem, tile, device):
+    t, shared = layout(problem, tile, device)
+    t.check(tile, shared.bytes, device, "fwd")
+
+
+def build(problem, tile, device):
+    t, shared = layout(problem, tile, device)
+    Br, Bc, d = t.Br, t.Bc, t.d
+    RA, RB, RD, TY, TX = t.RA, t.RB, t.RD, t.TY, t.TX
+    widen, narrow = conversions(problem.dtype)
+    blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
+    tile_Q, tile_K, tile_V, tile_P, tile_l, tile_m = shared
+    load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load(t.Bc_padded, widen)
+    load_rows, fetch_O = blocks.load_rows(t.Br_padded), blocks.fetch(RA, RD)
+    QKt, PV = blocks.product_nt(RA, RB, d), blocks.product_nn(RA, RD, Bc)
+    clear_S, clear_O, fill_rows = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill_rows(RA)
+    rescale_O, put_P = blocks.scale_rows(RA, RD), blocks.put(RA, RB)
+    store_O, store_O_acc = blocks.store(RA, RD, narrow), blocks.store(RA, RD)
+    look, score = visit.look, visit.score
+    update, row_sum = softmax.update, softmax.row_sum
+    bits = visit.bits
+
+    @cuda.jit
+    def fwd_v1(Q, K, V, mask, O, O_acc, l, m, LSE, scale, softcap, lo, hi):
+        N_q, N_k = Q.shape[1], K.shape[1]
+        H, group = Q.shape[2], Q.shape[2] // K.shape[2]
+        Tr, Tc = (N_q + Br - 1) // Br, max(1, (N_k + Bc - 1) // Bc)  # with no keys, one visit still writes O
+        b, h = cuda.blockIdx.x // H, cuda.blockIdx.x % H
+        thread = cuda.threadIdx.x
+        ty, tx = thread // TX, thread % TX
+
+        smem = cuda.shared.array(0, float32)
+        sQ = tile_Q(smem)  # [Br, d]
+        sK = tile_K(smem)  # [Bc, d]
+        sV = tile_V(smem)  # [Bc, d]
+        sP = tile_P(smem)  # [Br, Bc]
+        sl = tile_l(smem)  # [Br]
+        sm = tile_m(smem)  # [Br]
+        rS = cuda.local.array((RA, RB), float32)  # S, then P̃  [Br, Bc]
+        rO = cuda.local.array((RA, RD), float32)  # O          [Br, d]
+        rm = cuda.local.array(RA, float32)  # [Br]
+        rl = cuda.local.array(RA, float32)  # [Br], this lane's part of the tile's sum
+        ralpha = cuda.local.array(RA, float32)  # [Br]
+        rseen = cuda.local.array(RA, bits)  # [Br] x [Bc] bits
+
+        for j in range(Tc):  # line 5
+            j0 = j * Bc
+            cuda.syncthreads()  # the last step with K and V of before has been computed
+            load_KV(sK, K, b, j0, min(j0 + Bc, N_k), h // group, thread)  # line 6
+            load_KV(sV, V, b, j0, min(j0 + Bc, N_k), h // group, thread)
+
+            for i in range(Tr):  # line 7
+                i0 = i * Br
+                end = min(i0 + Br, N_q)
+                any_seen = look(rseen, mask, b, h, i0, j0, N_q, N_k, lo, hi, ty, tx)
+                any_seen = cuda.syncthreads_or(any_seen)  # and the step before has been computed
+                load_Q(sQ, Q, b, i0, end, h, thread)  # line 8
+                if j > 0:
+                    load_rows(sl, l, b, h, i0, end, thread)
+                    load_rows(sm, m, b, h, i0, end, thread)
+                    fetch_O(rO, O_acc, b, i0, end, h, ty, tx)
+                else:
+                    clear_O(rO, ZERO)
+                cuda.syncthreads()
+                for a in range(RA):
+                    rm[a] = sm[ty + a * TY] if j > 0 else NEG_INF
+
+                # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]   line 9
+                clear_S(rS, ZERO)
+                QKt(rS, sQ, sK, ty, tx)
+                score(rS, rseen, scale, softcap)
+
+                # m̃, P̃, l̃ and m_new, l_new; alpha = exp(m - m_new)   lines 10-11
+                fill_rows(rl, ZERO)
+                update(rS, rm, rl, ralpha)
+
+                # O = diag(l_new)⁻¹ (diag(l) alpha O + P̃ V)  [Br, d]   line 12
+                for a in range(RA):
+                    l_old = sl[ty + a * TY] * ralpha[a] if j > 0 else ZERO
+                    ralpha[a] = l_old
+                    rl[a] = l_old + row_sum(rl[a])
+                rescale_O(rO, ralpha)
+                put_P(sP, rS, ty, tx)
+                cuda.syncwarp()  # a row of P̃ is written and read by the lanes of one warp
+                if any_seen != 0:
+                    PV(rO, sP, sV, ty, tx)
+                for a in range(RA):
+                    ralpha[a] = ONE / rl[a] if rl[a] != ZERO else ZERO
+                rescale_O(rO, ralpha)
+                if j < Tc - 1:
+                    store_O_acc(O_acc, rO, b, i0, end, h, ty, tx)
+                else:
+                    store_O(O, rO, b, i0, end, h, ty, tx)
+
+                for a in range(RA):  # line 13
+                    row = i0 + ty + a * TY
+                    if tx == 0 and row < end:
+                        l[b, h, row] = rl[a]
+                        m[b, h, row] = rm[a]
+                        if j == Tc - 1:
+                            LSE[b, h, row] = rm[a] + log(rl[a]) if rl[a] != ZERO else NEG_INF
+
+    run = Launch(fwd_v1, t.count, shared.bytes, warp=TX)
+
+    def launch(problem, Q, K, V, mask, O, LSE):
+        lo, hi = problem.mask.band(problem.N_q, problem.N_k)
+        B, N_q, H, d = Q.shape
+        O_acc = O if problem.dtype == "fp32" else scratch(B, N_q, H, d, like=Q)
+        l, m = scratch(B, H, N_q, like=Q), scratch(B, H, N_q, like=Q)
+        run(B * H, Q, K, V, mask, O, O_acc, l, m, LSE, problem.scale, problem.softcap, lo, hi)
+
+    return launch
+
+
+VARIANT = Variant(
+    name="fwd_v1",
+    direction="fwd",
+    generation="v1",
+    loop_order="kv_outer",
+    parent=None,
+    delta="the paper's Algorithm 1: one kernel, O(N) memory, O, l, m rescaled through global memory at every step",
+    fit=fit,
+    build=build,
+    default=True,
+)

@@ -1,0 +1,124 @@
+"""Control: FlashAttention-2's loop on FlashAttention-1's grid.  [definitions: an honest loop_order]
+
+Parent fwd_v2_kv_outer; the one idea: the two loops change places.  One block a head still does all the work, but O,
+m and l now stay in registers for the whole of a row block and never travel.
+"""
+
+from numba import cuda, float32
+
+from ..device import Blocks, Launch, Shared, Softmax, Threads, Visit, conversions
+from ..device.scalar import NEG_INF, ONE, ZERO, log
+from ..variant import Variant
+
+
+def layout(problem, tile, device):
+    Br, Bc, d = tile.Br, tile.Bc, problem.d
+    t = Threads.of(tile, d, device)
+    rows, keys, columns = t.Br_padded, t.Bc_padded, t.d_padded
+    return t, Shared(sQ=(rows, columns), sK=(keys, columns), sV=(keys, columns), sP=(rows, keys))
+
+
+def fit(problem, tile, device):
+    t, shared = layout(problem, tile, device)
+    t.check(tile, shared.bytes, device, "fwd")
+
+
+def build(problem, tile, device):
+    t, shared = layout(problem, tile, device)
+    Br, Bc, d = t.Br, t.Bc, t.d
+    RA, RB, RD, TY, TX = t.RA, t.RB, t.RD, t.TY, t.TX
+    widen, narrow = conversions(problem.dtype)
+    blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
+    tile_Q, tile_K, tile_V, tile_P = shared
+    load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load(t.Bc_padded, widen)
+    QKt, PV = blocks.product_nt(RA, RB, d), blocks.product_nn(RA, RD, Bc)
+    clear_S, clear_O, fill_rows = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill_rows(RA)
+    rescale_O, put_P, store_O = blocks.scale_rows(RA, RD), blocks.put(RA, RB), blocks.store(RA, RD, narrow)
+    look, score, key_blocks = visit.look, visit.score, visit.key_blocks
+    update, row_sum = softmax.update, softmax.row_sum
+    BOOLEAN, bits = visit.boolean, visit.bits
+
+    @cuda.jit
+    def fwd_v2_one_block(Q, K, V, mask, O, LSE, scale, softcap, lo, hi):
+        N_q, N_k = Q.shape[1], K.shape[1]
+        H, group = Q.shape[2], Q.shape[2] // K.shape[2]
+        Tr = (N_q + Br - 1) // Br
+        b, h = cuda.blockIdx.x // H, cuda.blockIdx.x % H
+        thread = cuda.threadIdx.x
+        ty, tx = thread // TX, thread % TX
+
+        smem = cuda.shared.array(0, float32)
+        sQ = tile_Q(smem)  # [Br, d]
+        sK = tile_K(smem)  # [Bc, d]
+        sV = tile_V(smem)  # [Bc, d]
+        sP = tile_P(smem)  # [Br, Bc]
+        rS = cuda.local.array((RA, RB), float32)  # S, then P̃  [Br, Bc]
+        rO = cuda.local.array((RA, RD), float32)  # O          [Br, d]
+        rm = cuda.local.array(RA, float32)  # [Br]
+        rl = cuda.local.array(RA, float32)  # [Br], this lane's part
+        ralpha = cuda.local.array(RA, float32)  # [Br]
+        rseen = cuda.local.array(RA, bits)  # [Br] x [Bc] bits
+
+        for i in range(Tr):
+            i0 = i * Br
+            cuda.syncthreads()  # the last step of the row block before has been computed
+            load_Q(sQ, Q, b, i0, N_q, h, thread)
+            clear_O(rO, ZERO)
+            fill_rows(rm, NEG_INF)
+            fill_rows(rl, ZERO)
+
+            first, end = key_blocks(i0, N_q, N_k, lo, hi)
+            for j in range(first, end):
+                j0 = j * Bc
+                any_seen = look(rseen, mask, b, h, i0, j0, N_q, N_k, lo, hi, ty, tx)
+                if BOOLEAN:
+                    if cuda.syncthreads_or(any_seen) == 0:
+                        continue
+                cuda.syncthreads()  # the tiles of the step before have been read
+                load_KV(sK, K, b, j0, min(j0 + Bc, N_k), h // group, thread)
+                load_KV(sV, V, b, j0, min(j0 + Bc, N_k), h // group, thread)
+                cuda.syncthreads()
+
+                # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]
+                clear_S(rS, ZERO)
+                QKt(rS, sQ, sK, ty, tx)
+                score(rS, rseen, scale, softcap)
+
+                # m, l, P̃ = exp(S - m)
+                update(rS, rm, rl, ralpha)
+
+                # O = diag(exp(m_old - m)) O + P̃ V  [Br, d]
+                rescale_O(rO, ralpha)
+                put_P(sP, rS, ty, tx)
+                cuda.syncwarp()  # a row of P̃ is written and read by the lanes of one warp
+                PV(rO, sP, sV, ty, tx)
+
+            # O = diag(l)⁻¹ O,  LSE = m + log l
+            for a in range(RA):
+                l = row_sum(rl[a])
+                row = i0 + ty + a * TY
+                if tx == 0 and row < min(i0 + Br, N_q):
+                    LSE[b, h, row] = rm[a] + log(l) if l != ZERO else NEG_INF
+                ralpha[a] = ONE / l if l != ZERO else ZERO
+            rescale_O(rO, ralpha)
+            store_O(O, rO, b, i0, min(i0 + Br, N_q), h, ty, tx)
+
+    run = Launch(fwd_v2_one_block, t.count, shared.bytes, warp=TX)
+
+    def launch(problem, Q, K, V, mask, O, LSE):
+        lo, hi = problem.mask.band(problem.N_q, problem.N_k)
+        run(problem.B * problem.H, Q, K, V, mask, O, LSE, problem.scale, problem.softcap, lo, hi)
+
+    return launch
+
+
+VARIANT = Variant(
+    name="fwd_v2_one_block",
+    direction="fwd",
+    generation="v2",
+    loop_order="q_outer",
+    parent="fwd_v2_kv_outer",
+    delta="the loops swapped: Q outside, K and V inside; O, m and l stay in registers",
+    fit=fit,
+    build=build,
+)

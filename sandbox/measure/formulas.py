@@ -1,0 +1,203 @@
+"""What each kernel must move through global memory, from its loops alone.  [floor 3: no kernel imports this]
+
+The counter (traffic.py) says what a launch did; a formula says what the paper's loops ask for.  They are written apart
+and must be equal to the element, for any N_q, N_k, d, Br, Bc, dividing or not.
+
+Two sums over the tiles of S describe a walk; the rest is arithmetic.  Where nothing is masked they are
+
+    K_rows = Tr * N_k    rows of K that a q_outer kernel loads: every row block i streams all keys
+    Q_rows = Tc * N_q    rows of Q that a kv_outer kernel loads: every key block j streams all queries
+
+which is the table of definitions.md; a band (causal, window) takes its empty tiles out of both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..problem import Problem
+from ..variant import Tile
+from .traffic import Traffic
+
+FP32 = ("LSE", "l", "m", "D", "O_acc", "dQ_acc")  # whatever the inputs are; X_acc is X while it is being summed
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The tiles of S that one head's loops visit.
+
+    Tr, Tc        blocks of rows, blocks of keys
+    K_rows        sum over row blocks i of the keys in the tiles that i touches
+    Q_rows        sum over key blocks j of the rows in the tiles that j touches
+    blind_rows    rows in row blocks that touch no tile at all
+    K_seen        keys in key blocks that at least one row block touches
+    """
+
+    Tr: int
+    Tc: int
+    K_rows: int
+    Q_rows: int
+    blind_rows: int
+    K_seen: int
+
+
+def walk(p: Problem, tile: Tile) -> Walk:
+    Br, Bc, N_q, N_k = tile.Br, tile.Bc, p.N_q, p.N_k
+    Tr, Tc = -(-N_q // Br), -(-N_k // Bc)
+    K_rows = Q_rows = blind_rows = K_seen = 0
+    for i in range(Tr):
+        blocks = p.mask.key_blocks(i * Br, Br, Bc, N_q, N_k)
+        K_rows += min(blocks.stop * Bc, N_k) - blocks.start * Bc if blocks else 0
+        blind_rows += 0 if blocks else min(Br, N_q - i * Br)
+    for j in range(Tc):
+        blocks = p.mask.query_blocks(j * Bc, Br, Bc, N_q, N_k)
+        Q_rows += min(blocks.stop * Br, N_q) - blocks.start * Br if blocks else 0
+        K_seen += min(Bc, N_k - j * Bc) if blocks else 0
+    return Walk(Tr, Tc, K_rows, Q_rows, blind_rows, K_seen)
+
+
+# ---- forward: (reads, writes) of the whole launch ------------------------------------------------------------------
+
+
+def fwd_q_outer(p: Problem, tile: Tile):
+    """fwd_v2, fwd_v2_one_block: Q once, O once; K and V again for every row block."""
+    w, heads = walk(p, tile), p.B * p.H
+    reads = {"Q": p.N_q * p.d, "K": w.K_rows * p.d, "V": w.K_rows * p.d}
+    writes = {"O": p.N_q * p.d, "LSE": p.N_q}
+    return _times(heads, reads), _times(heads, writes)
+
+
+def fwd_v1(p: Problem, tile: Tile):
+    """Every tile is visited; K and V once, while Q, O, l, m pass through global memory at every key block."""
+    heads = p.B * p.H
+    Tc = max(1, walk(p, tile).Tc)  # with no key at all, one empty visit still writes O = 0
+    again = (Tc - 1) * p.N_q  # rows that come back: the first visit starts on chip
+    reads = {"Q": Tc * p.N_q * p.d, "K": p.N_k * p.d, "V": p.N_k * p.d, "O_acc": again * p.d, "l": again, "m": again}
+    writes = {"O_acc": again * p.d, "O": p.N_q * p.d, "l": Tc * p.N_q, "m": Tc * p.N_q, "LSE": p.N_q}
+    return _times(heads, reads), _times(heads, writes)
+
+
+def fwd_v2_kv_outer(p: Problem, tile: Tile):
+    """As fwd_v1, but only where a tile holds a seen pair; a row block that sees nothing is visited once, at j = 0."""
+    w, heads = walk(p, tile), p.B * p.H
+    rows = w.Q_rows + w.blind_rows
+    again = rows - p.N_q
+    reads = {"Q": rows * p.d, "K": w.K_seen * p.d, "V": w.K_seen * p.d, "O_acc": again * p.d, "l": again, "m": again}
+    writes = {"O_acc": again * p.d, "O": p.N_q * p.d, "l": rows, "m": rows, "LSE": p.N_q}
+    return _times(heads, reads), _times(heads, writes)
+
+
+# ---- backward: Q, dO, O, LSE, D, dQ move once per query head, K, V, dK, dV once per key/value head ------------------
+
+
+def bwd_v1(p: Problem, tile: Tile):
+    """Every tile is visited; dQ passes through global memory, and D = rowsum(dO * O) is formed again at each visit."""
+    heads, kv_heads = p.B * p.H, p.B * p.H_kv
+    Tc = max(1, walk(p, tile).Tc)
+    rows, again = Tc * p.N_q, (Tc - 1) * p.N_q
+    reads = _times(heads, {"Q": rows * p.d, "dO": rows * p.d, "O": rows * p.d, "LSE": rows, "dQ_acc": again * p.d})
+    reads |= _times(kv_heads, {"K": p.N_k * p.d, "V": p.N_k * p.d})
+    writes = _times(heads, {"dQ_acc": again * p.d, "dQ": p.N_q * p.d})
+    writes |= _times(kv_heads, {"dK": p.N_k * p.d, "dV": p.N_k * p.d})
+    return reads, writes
+
+
+def bwd_v2(p: Problem, tile: Tile):
+    """Preprocess (D, and dQ = 0), then key blocks side by side adding to dQ, then, for 16-bit dtypes, dQ's conversion.
+
+    An atomic add counts as one read and one write.
+    """
+    w, heads, kv_heads = walk(p, tile), p.B * p.H, p.B * p.H_kv
+    once, added = p.N_q * p.d, w.Q_rows * p.d
+    convert = once if p.dtype != "fp32" else 0
+    reads = _times(heads, {"O": once, "dO": once + w.Q_rows * p.d, "Q": w.Q_rows * p.d, "LSE": w.Q_rows, "D": w.Q_rows})
+    reads |= _times(heads, {"dQ_acc": added + convert})
+    reads |= _times(kv_heads, {"K": p.N_k * p.d, "V": p.N_k * p.d})
+    writes = _times(heads, {"D": p.N_q, "dQ_acc": once + added, "dQ": convert})
+    writes |= _times(kv_heads, {"dK": p.N_k * p.d, "dV": p.N_k * p.d})
+    return reads, writes
+
+
+def bwd_v2_deterministic(p: Problem, tile: Tile):
+    """Preprocess (D), a key-outer kernel for dK and dV, a query-outer kernel for dQ: everything is read twice over."""
+    w, heads, kv_heads = walk(p, tile), p.B * p.H, p.B * p.H_kv
+    once = p.N_q * p.d
+    reads = _times(heads, {"O": once, "Q": w.Q_rows * p.d + once, "dO": once + w.Q_rows * p.d + once})
+    reads |= _times(heads, {"LSE": w.Q_rows + p.N_q, "D": w.Q_rows + p.N_q})
+    for array in ("K", "V"):
+        reads[array] = (kv_heads * p.N_k + heads * w.K_rows) * p.d
+    writes = _times(heads, {"D": p.N_q, "dQ": once}) | _times(kv_heads, {"dK": p.N_k * p.d, "dV": p.N_k * p.d})
+    return reads, writes
+
+
+FORMULAS: dict[str, Callable] = {
+    "fwd_v1": fwd_v1,
+    "fwd_v2": fwd_q_outer,
+    "fwd_v2_one_block": fwd_q_outer,
+    "fwd_v2_kv_outer": fwd_v2_kv_outer,
+    "bwd_v1": bwd_v1,
+    "bwd_v2": bwd_v2,
+    "bwd_v2_deterministic": bwd_v2_deterministic,
+}
+
+
+def traffic(name: str, p: Problem, tile: Tile) -> Traffic | None:
+    """What variant `name` must move; None where no formula knows (a new kernel, or a boolean mask: it is data)."""
+    if name not in FORMULAS or p.mask.boolean:
+        return None
+    return _traffic(p, *FORMULAS[name](p, tile))
+
+
+# ---- beside the kernels: the unfused way, and the theorem ----------------------------------------------------------
+
+
+def standard(p: Problem, direction: str = "fwd") -> Traffic:
+    """Standard attention, one kernel per step (FA1 Algorithms 0 and 3), each reading its operands once: its floor.
+
+    forward   S = Q K^T | P = softmax(S) | O = P V
+    backward  dV = P^T dO | dP = dO V^T | dS from P and dP | dQ = dS K | dK = dS^T Q
+    """
+    q, k, s = p.B * p.H * p.N_q * p.d, p.B * p.H_kv * p.N_k * p.d, p.B * p.H * p.N_q * p.N_k
+    if direction == "fwd":
+        reads, writes = {"Q": q, "K": k, "S": s, "P": s, "V": k}, {"S": s, "P": s, "O": q}
+    else:
+        reads = {"P": 2 * s, "dO": 2 * q, "V": k, "dP": s, "dS": 2 * s, "K": k, "Q": q}
+        writes = {"dV": k, "dP": s, "dS": s, "dQ": q, "dK": k}
+    return _traffic(p, reads, writes)
+
+
+def theorem(p: Problem, M: int) -> dict[str, float]:
+    """FA1 Theorem 2, without its constants: accesses of FlashAttention with M elements of on-chip memory, and of
+    standard attention.  N^2 d^2 / M against N d + N^2, over all heads."""
+    heads = p.B * p.H
+    return {
+        "flash": heads * p.N_q * p.N_k * p.d**2 / M,
+        "standard": heads * ((p.N_q + p.N_k) / 2 * p.d + p.N_q * p.N_k),
+    }
+
+
+def on_chip(p: Problem, block: int) -> int:
+    """The M whose block is this: FA1 Algorithm 1 sets Bc = M / 4d, so that K, V, Q and O blocks of that height fit."""
+    return 4 * p.d * block
+
+
+def _times(factor: int, counts: dict[str, int]) -> dict[str, int]:
+    return {array: factor * count for array, count in counts.items()}
+
+
+def _traffic(p: Problem, reads: dict[str, int], writes: dict[str, int]) -> Traffic:
+    return Traffic(_letters(reads), _letters(writes), _bytes(p, reads), _bytes(p, writes))
+
+
+def _letters(counts: dict[str, int]) -> dict[str, int]:
+    """X_acc is X."""
+    letters = Counter()
+    for array, count in counts.items():
+        letters[array.removesuffix("_acc")] += count
+    return dict(letters)
+
+
+def _bytes(p: Problem, counts: dict[str, int]) -> int:
+    return sum(count * (4 if array in FP32 else p.itemsize) for array, count in counts.items())

@@ -1,0 +1,219 @@
+"""The traffic formulas against a walk that goes from tile to tile and ticks off every row it would load or store."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandbox.mask import Mask
+from sandbox.measure import formulas
+from sandbox.problem import Problem
+from sandbox.variant import Tile
+
+sizes = st.integers(0, 40)
+windows = st.one_of(st.just((-1, -1)), st.tuples(st.integers(-1, 30), st.integers(-1, 30)))
+masks = st.builds(Mask, st.booleans(), st.sampled_from(["bottom_right", "top_left"]), windows)
+tiles = st.builds(Tile, st.integers(1, 20), st.integers(1, 20))
+
+
+@st.composite
+def problems(draw, masks=masks):
+    H_kv = draw(st.integers(1, 2))
+    return Problem(
+        B=draw(st.integers(0, 2)),
+        H=H_kv * draw(st.integers(1, 3)),
+        H_kv=H_kv,
+        N_q=draw(sizes),
+        N_k=draw(sizes),
+        d=draw(st.integers(1, 9)),
+        dtype=draw(st.sampled_from(["fp32", "fp16"])),
+        mask=draw(masks),
+    )
+
+
+class Walker:
+    """The blocks of S, and which tiles hold a seen pair, straight from the matrix of seen pairs."""
+
+    def __init__(self, p: Problem, tile: Tile):
+        self.p, self.d = p, p.d
+        self.seen = p.mask.seen(p.N_q, p.N_k)
+        self.row_blocks = [(i, min(i + tile.Br, p.N_q)) for i in range(0, p.N_q, tile.Br)]
+        self.key_blocks = [(j, min(j + tile.Bc, p.N_k)) for j in range(0, p.N_k, tile.Bc)]
+        self.reads, self.writes = Counter(), Counter()
+
+    def touches(self, rows, keys) -> bool:
+        return bool(self.seen[rows[0] : rows[1], keys[0] : keys[1]].any())
+
+    def load(self, block, *arrays):
+        self._tick(self.reads, block, arrays)
+
+    def store(self, block, *arrays):
+        self._tick(self.writes, block, arrays)
+
+    def _tick(self, counts, block, arrays):
+        for array in arrays:
+            counts[array] += (block[1] - block[0]) * (1 if array in ("l", "m", "LSE", "D") else self.d)
+
+
+def walk_q_outer(w):
+    for _ in range(w.p.B * w.p.H):
+        for rows in w.row_blocks:
+            w.load(rows, "Q")
+            for keys in w.key_blocks:
+                if w.touches(rows, keys):
+                    w.load(keys, "K", "V")
+            w.store(rows, "O", "LSE")
+
+
+def walk_kv_outer(w, skip):
+    key_blocks = w.key_blocks or [(0, 0)]
+    for _ in range(w.p.B * w.p.H):
+        visited = set()
+        for j, keys in enumerate(key_blocks):
+            blind = [rows for rows in w.row_blocks if not any(w.touches(rows, k) for k in key_blocks)]
+            visits = [rows for rows in w.row_blocks if not skip or w.touches(rows, keys) or (j == 0 and rows in blind)]
+            if not skip or any(w.touches(rows, keys) for rows in w.row_blocks):
+                w.load(keys, "K", "V")
+            for rows in visits:
+                w.load(rows, "Q")
+                if rows in visited:
+                    w.load(rows, "O", "l", "m")
+                visited.add(rows)
+                w.store(rows, "O", "l", "m")
+        for rows in w.row_blocks:
+            w.store(rows, "LSE")
+
+
+def walk_bwd_v1(w):
+    for _ in range(w.p.B * w.p.H_kv):
+        for j, keys in enumerate(w.key_blocks or [(0, 0)]):
+            w.load(keys, "K", "V")
+            for _ in range(w.p.group):
+                for rows in w.row_blocks:
+                    w.load(rows, "Q", "dO", "O", "LSE")
+                    if j > 0:
+                        w.load(rows, "dQ")
+                    w.store(rows, "dQ")
+            w.store(keys, "dK", "dV")
+
+
+def walk_preprocess(w):
+    for _ in range(w.p.B * w.p.H):
+        for rows in w.row_blocks:
+            w.load(rows, "O", "dO")
+            w.store(rows, "D")
+
+
+def walk_dkdv(w, add_dQ):
+    for _ in range(w.p.B * w.p.H_kv):
+        for keys in w.key_blocks:
+            w.load(keys, "K", "V")
+            for _ in range(w.p.group):
+                for rows in w.row_blocks:
+                    if w.touches(rows, keys):
+                        w.load(rows, "Q", "dO", "LSE", "D")
+                        if add_dQ:
+                            w.load(rows, "dQ")
+                            w.store(rows, "dQ")
+            w.store(keys, "dK", "dV")
+
+
+def walk_bwd_v2(w):
+    walk_preprocess(w)
+    walk_dkdv(w, add_dQ=True)
+    for _ in range(w.p.B * w.p.H):
+        for rows in w.row_blocks:
+            w.store(rows, "dQ")  # zeroed by the preprocess kernel
+            if w.p.dtype != "fp32":
+                w.load(rows, "dQ")
+                w.store(rows, "dQ")
+
+
+def walk_bwd_v2_deterministic(w):
+    walk_preprocess(w)
+    walk_dkdv(w, add_dQ=False)
+    for _ in range(w.p.B * w.p.H):
+        for rows in w.row_blocks:
+            w.load(rows, "Q", "dO", "LSE", "D")
+            for keys in w.key_blocks:
+                if w.touches(rows, keys):
+                    w.load(keys, "K", "V")
+            w.store(rows, "dQ")
+
+
+WALKS = {
+    "fwd_v1": lambda w: walk_kv_outer(w, skip=False),
+    "fwd_v2": walk_q_outer,
+    "fwd_v2_one_block": walk_q_outer,
+    "fwd_v2_kv_outer": lambda w: walk_kv_outer(w, skip=True),
+    "bwd_v1": walk_bwd_v1,
+    "bwd_v2": walk_bwd_v2,
+    "bwd_v2_deterministic": walk_bwd_v2_deterministic,
+}
+
+
+def moved(counts) -> dict[str, int]:
+    return {array: count for array, count in counts.items() if count}
+
+
+@pytest.mark.parametrize("name", WALKS)
+@given(problem=problems(), tile=tiles)
+def test_formula_equals_the_walk(name, problem, tile):
+    walker = Walker(problem, tile)
+    WALKS[name](walker)
+    formula = formulas.traffic(name, problem, tile)
+    assert moved(formula.reads) == moved(walker.reads)
+    assert moved(formula.writes) == moved(walker.writes)
+    assert formula.total == sum(walker.reads.values()) + sum(walker.writes.values())
+
+
+def test_every_formula_is_walked():
+    assert set(WALKS) == set(formulas.FORMULAS)
+
+
+@given(problem=problems(masks=st.just(Mask())).filter(lambda p: p.N_q and p.N_k and p.B), tile=tiles)
+def test_the_table_of_the_definitions(problem, tile):
+    p, heads = problem, problem.B * problem.H
+    Tr, Tc = -(-p.N_q // tile.Br), -(-p.N_k // tile.Bc)
+
+    q_outer = formulas.traffic("fwd_v2", p, tile)
+    assert q_outer.reads == {
+        "Q": heads * p.N_q * p.d, "K": heads * Tr * p.N_k * p.d, "V": heads * Tr * p.N_k * p.d
+    }  # fmt: skip
+    assert q_outer.writes == {"O": heads * p.N_q * p.d, "LSE": heads * p.N_q}
+
+    for name in ("fwd_v1", "fwd_v2_kv_outer"):
+        kv_outer = formulas.traffic(name, p, tile)
+        assert kv_outer.reads == {
+            "Q": heads * Tc * p.N_q * p.d, "K": heads * p.N_k * p.d, "V": heads * p.N_k * p.d,
+            "O": heads * (Tc - 1) * p.N_q * p.d, "l": heads * (Tc - 1) * p.N_q, "m": heads * (Tc - 1) * p.N_q,
+        }  # fmt: skip
+        assert kv_outer.writes == {
+            "O": heads * Tc * p.N_q * p.d, "l": heads * Tc * p.N_q, "m": heads * Tc * p.N_q, "LSE": heads * p.N_q
+        }  # fmt: skip
+
+
+def test_bytes_count_the_statistics_in_fp32():
+    p = Problem(1, 1, 1, 8, 8, 4, dtype="fp16")
+    traffic = formulas.traffic("fwd_v2", p, Tile(8, 8))
+    assert traffic.read_bytes == 3 * 32 * 2
+    assert traffic.write_bytes == 32 * 2 + 8 * 4
+
+
+def test_no_formula_for_data_dependent_or_unknown_kernels():
+    p = Problem(1, 1, 1, 8, 8, 4)
+    assert formulas.traffic("my_idea", p, Tile(4, 4)) is None
+    assert formulas.traffic("fwd_v2", Problem(1, 1, 1, 8, 8, 4, mask=Mask(boolean=True)), Tile(4, 4)) is None
+
+
+def test_standard_attention_moves_S_and_P_and_the_theorem_says_when_that_is_worse():
+    p = Problem(1, 1, 1, 1024, 1024, 64)
+    assert formulas.standard(p).total == 4 * 1024 * 64 + 4 * 1024**2
+    assert formulas.standard(p, "bwd").total == 8 * 1024 * 64 + 7 * 1024**2
+    accesses = formulas.theorem(p, M=formulas.on_chip(p, 64))
+    assert accesses == {"flash": 1024 * 1024 * 64 / 256, "standard": 1024 * 64 + 1024**2}
+    # the kernels follow the theorem: twice the block, half the accesses (but for the terms that do not depend on it)
+    once = 4 * 1024 * 64 + 1024
+    small, large = (formulas.traffic("fwd_v2", p, Tile(Br, 64)).total for Br in (32, 64))
+    assert abs((small - once) / (large - once) - 2) < 0.1
