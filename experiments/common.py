@@ -29,6 +29,7 @@ from . import inputs
 
 READ = ("Q", "K", "V", "O", "l", "m", "LSE", "mask", "dO", "dQ", "D")
 WRITTEN = ("O", "l", "m", "LSE", "dQ", "dK", "dV", "D")
+OutOfMemory = torch.OutOfMemoryError
 PATIENCE_S = 120  # a longer run on the simulator asks for --force
 POOL_PAYS_S = 8  # a shorter one is not worth starting other processes for
 
@@ -108,17 +109,22 @@ def point(variant, problem: Problem, tile: Tile, device: Device, **fields) -> Po
     return Point(variant.name, variant.direction, variant.loop_order, problem, tile, **fields)
 
 
-def measure(point: Point) -> dict:
-    """The row's measured fields: gate, then traffic, then time; None for what this machine cannot fill.
-
-    A simulated launch is counted; a GPU's is timed, and its bytes read off the hardware counters.
-    """
-    row = dict.fromkeys(
+def empty_row() -> dict:
+    """Every field that a measurement fills; None is what this machine cannot."""
+    return dict.fromkeys(
         [f"reads_{a}" for a in READ] + [f"writes_{a}" for a in WRITTEN]
         + ["reads_total", "writes_total", "read_bytes", "write_bytes", "formula_reads_total", "formula_writes_total"]
         + ["gate", "max_error", "error_ratio", "seconds", "seconds_p20", "seconds_p80", "tflops"]
         + ["dram_read_bytes", "dram_write_bytes", "dram_bytes", "l2_bytes", "no_counters"]
     )  # fmt: skip
+
+
+def measure(point: Point) -> dict:
+    """The row's measured fields: gate, then traffic, then time.
+
+    A simulated launch is counted; a GPU's is timed, and its bytes read off the hardware counters.
+    """
+    row = empty_row()
     if point.infeasible:
         return row
     device, variant, p = target.device(), catalog.find(point.variant), point.problem
@@ -126,25 +132,31 @@ def measure(point: Point) -> dict:
         row |= {"formula_reads_total": formula.total_reads, "formula_writes_total": formula.total_writes}
     try:
         verdict = gate.check(variant, p, point.tile, inputs.make(point.input, p, point.seed), device)
-    except (Infeasible, torch.OutOfMemoryError) as misfit:
-        return row | {"infeasible": getattr(misfit, "reason", "out of the GPU's memory")}
+    except Infeasible as misfit:  # found by the compiler: too many registers, say
+        return row | {"infeasible": misfit.reason}
+    except OutOfMemory:
+        return row | {"infeasible": "does not fit in the GPU's memory"}
     row |= {
         "gate": "passed" if verdict.passed else "failed",
         "max_error": _finite(verdict.max_error),
         "error_ratio": _finite(verdict.ratio),
     }
     if verdict.traffic is not None:
-        row |= _counts(verdict.traffic)
+        row |= counted(verdict.traffic)
     if verdict.passed and not device.simulated:
-        row |= _time(verdict, p, variant.direction)
+        row |= timed(timing.time(verdict), point)
         if point.count_bytes:
-            row |= _bytes(point)
+            row |= counted_bytes(point)
     return row
 
 
-def _counts(traffic) -> dict:
-    strange = set(traffic.reads) - set(READ) | set(traffic.writes) - set(WRITTEN)
-    if strange:
+def counted(traffic) -> dict:
+    """The fields of a simulated launch's traffic."""
+    moved = [
+        ({a for a, n in counts.items() if n}, known)
+        for counts, known in ((traffic.reads, READ), (traffic.writes, WRITTEN))
+    ]
+    if strange := set().union(*(arrays - set(known) for arrays, known in moved)):
         raise ValueError(f"no column for the traffic of {', '.join(sorted(strange))}")
     return {
         **{f"reads_{a}": traffic.reads.get(a, 0) for a in READ},
@@ -154,15 +166,15 @@ def _counts(traffic) -> dict:
     }  # fmt: skip
 
 
-def _time(verdict, p: Problem, direction: str) -> dict:
-    t = timing.time(verdict)
+def timed(t: timing.Timing, point: Point) -> dict:
     return {
         "seconds": t.ms * 1e-3, "seconds_p20": t.ms_p20 * 1e-3, "seconds_p80": t.ms_p80 * 1e-3,
-        "tflops": p.flops(direction) / t.ms * 1e-9,
+        "tflops": point.problem.flops(point.direction) / t.ms * 1e-9,
     }  # fmt: skip
 
 
-def _bytes(point: Point) -> dict:
+def counted_bytes(point: Point) -> dict:
+    """The fields of the hardware counters, or the reason why there are none."""
     found, reason = counters.count(point.variant, point.direction, point.problem, point.tile, point.seed)
     if found is None:
         return {"no_counters": reason}
@@ -310,22 +322,26 @@ BATCH = click.option("--batch", type=SIZE, default=1, show_default=True, help="B
 CAUSAL = click.option("--causal/--no-causal", default=False, show_default=True)
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the draws (dO is one for minilm too).")
 DTYPE = click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+COUNTERS = click.option(
+    "--counters/--no-counters", default=True, show_default=True, help="On a GPU, read DRAM and L2 bytes with ncu."
+)
 
 
 # ---- tables and sentences -------------------------------------------------------------------------------------------
 
 
-def grid(rows: list[list], headers: list[str]) -> str:
-    """A table as wide as its words, numbers to the right."""
-    return tabulate(rows, headers, "simple", missingval="–", disable_numparse=True, colalign=_sides(rows, headers))
-
-
-def _sides(rows, headers):
-    return ["right" if all(_numeric(row[n]) for row in rows) else "left" for n in range(len(headers))]
+def table(rows: list[dict], columns: list[tuple[str, Callable[[dict], object]]]) -> str:
+    """One line a row; columns are (heading, row -> cell), and one whose cells are all None is left out."""
+    cells = [[cell(row) for row in rows] for _, cell in columns]
+    shown = [n for n, column in enumerate(cells) if any(cell is not None for cell in column)]
+    return tabulate(
+        list(zip(*(cells[n] for n in shown))), [columns[n][0] for n in shown], "simple", missingval="–",
+        disable_numparse=True, colalign=["right" if all(map(_numeric, cells[n])) else "left" for n in shown],
+    )  # fmt: skip
 
 
 def _numeric(cell) -> bool:
-    return cell is None or str(cell)[:1] in "0123456789+-–✓×"
+    return cell is None or str(cell)[:1] in "0123456789+-–×" and "x" not in str(cell)
 
 
 def count(n: float | None) -> str | None:
@@ -336,6 +352,15 @@ def count(n: float | None) -> str | None:
         if n >= size:
             return f"{n / (1e3 if unit == 'k' else size):,.1f}{unit}"
     return f"{n:,.0f}"
+
+
+def number(n: int) -> str:
+    """For a sentence: to the last digit while it can be read."""
+    return f"{n:,}" if n < 1e7 else f"{n / 1e9:.3g} G" if n >= 1e9 else f"{n / 1e6:.3g} M"
+
+
+def gigabytes(n: int) -> str:
+    return f"{n / 1e9:.3g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"
 
 
 def total(row: dict) -> int | None:

@@ -1,4 +1,4 @@
-"""How our pictures look: one palette that colour-blind readers can tell apart, titles that answer, labels on the thing."""
+"""How our pictures look: colours that colour-blind readers tell apart, titles that answer, labels where they belong."""
 
 from __future__ import annotations
 
@@ -7,48 +7,47 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_rgba
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 INK, GREY, PALE = "#1a1a1a", "#6b6b6b", "#d9d9d9"
 
-# Okabe and Ito's palette: what an array is, it is in every picture.
-ARRAYS = {
-    "Q": "#0072B2",
-    "K, V": "#56B4E9",
-    "O": "#D55E00",
-    "l, m, LSE, D": "#F0E442",
-    "dO": "#CC79A7",
-    "dQ": "#009E73",
-    "dK, dV": "#E69F00",
-    "S, P": "#999999",
+# Okabe and Ito's palette.
+BLUE, SKY, VERMILION, ORANGE = "#0072B2", "#56B4E9", "#D55E00", "#E69F00"
+GREEN, PURPLE, YELLOW, SILVER = "#009E73", "#CC79A7", "#F0E442", "#B0B0B0"
+
+# Arrays that are drawn as one, and their colour: the same in every picture.
+GROUPS = {
+    "Q": (("Q",), BLUE),
+    "K, V": (("K", "V"), SKY),
+    "O": (("O",), VERMILION),
+    "l, m, LSE, D": (("l", "m", "LSE", "D"), YELLOW),
+    "dO": (("dO",), PURPLE),
+    "dQ": (("dQ",), GREEN),
+    "dK, dV": (("dK", "dV"), ORANGE),
+    "S, P": (("S", "P", "dS", "dP"), SILVER),
 }
-MEMBERS = {
-    "Q": ("Q",),
-    "K, V": ("K", "V"),
-    "O": ("O",),
-    "l, m, LSE, D": ("l", "m", "LSE", "D"),
-    "dO": ("dO",),
-    "dQ": ("dQ",),
-    "dK, dV": ("dK", "dV"),
-    "S, P": ("S", "P"),
-}
+LOOPS = {"kv_outer": VERMILION, "q_outer": BLUE, None: GREY}
 
 plt.rcParams.update(
     {
-        "figure.dpi": 150, "savefig.dpi": 150, "font.family": "DejaVu Sans", "font.size": 10.5,
+        "figure.dpi": 150, "savefig.dpi": 150, "font.family": "DejaVu Sans", "font.size": 11,
         "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.labelcolor": INK,
-        "axes.titlesize": 11.5, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.axisbelow": True,
+        "axes.titlesize": 12, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.axisbelow": True,
         "xtick.color": GREY, "ytick.color": GREY, "text.color": INK, "grid.color": PALE, "grid.linewidth": 0.7,
         "hatch.linewidth": 0.8,
     }
 )  # fmt: skip
 
 
-def page(title: str, subtitle: str, size=(12, 6.6)):
+def page(title: str, subtitle: str, size: tuple[float, float]):
     """A figure whose title is the answer and whose subtitle says where and on what it was measured."""
     figure = plt.figure(figsize=size, facecolor="white")
-    figure.text(0.02, 0.985, title, fontsize=15, fontweight="bold", va="top")
     lines = title.count("\n") + 1
-    figure.text(0.02, 0.985 - (0.30 * lines + 0.05) / size[1], subtitle, fontsize=10, color=GREY, va="top")
+    figure.text(0.02, 1 - 0.15 / size[1], title, fontsize=16, fontweight="bold", va="top", linespacing=1.25)
+    figure.text(0.02, 1 - (0.22 + 0.29 * lines) / size[1], subtitle, fontsize=10.5, color=GREY, va="top")
     return figure
 
 
@@ -58,3 +57,48 @@ def setup(row: dict) -> str:
     mask = "causal" if row["causal"] else "no mask"
     revision = f"revision {row['revision']}" if row["revision"] else "no revision"
     return f"{row['device']} · {what} · B={row['B']} H={row['H']} d={row['d']} {row['dtype']} · {mask} · {revision}"
+
+
+def box(x, y, width, height, color, alpha=1.0):
+    return Rectangle((x, y), width, height, facecolor=to_rgba(color, alpha), edgecolor="white", linewidth=2)
+
+
+def arrow(axes, tail, head, color=INK, width=1.5):
+    line = {"arrowstyle": "-|>", "color": color, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", head, tail, arrowprops=line)
+
+
+def ink_on(color) -> str:
+    """Black or white, whichever reads better on this colour."""
+    r, g, b, _ = to_rgba(color)
+    return INK if 0.3 * r + 0.59 * g + 0.11 * b > 0.5 else "white"
+
+
+def name_inside(axes, left, width, y, name, color, span, faint=False):
+    """The name in the middle of a bar's segment, where it is wide enough; `span` is what the axis shows."""
+    inches = axes.get_window_extent().width / axes.figure.dpi * width / span
+    if inches < 0.075 * len(name) + 0.06:
+        return
+    halo = [withStroke(linewidth=5, foreground=color)] if not faint else []
+    ink = INK if faint else ink_on(color)
+    axes.text(left + width / 2, y, name, ha="center", va="center", fontsize=9, color=ink, path_effects=halo)
+
+
+def label_ends(axes, labels, gap=0.05):
+    """Names lines at their right ends: labels are (x, y, text, color), moved apart where they would overlap.
+
+    Call it when the limits of the axes are final.
+    """
+    to_axes = (axes.transData + axes.transAxes.inverted()).transform
+    ends = sorted((to_axes((x, y))[1], text, color) for x, y, text, color in labels)
+    heights = []
+    for end, _, _ in ends:
+        heights.append(max(end, heights[-1] + gap) if heights else end)
+    over = max(0.0, heights[-1] - 1) if heights else 0.0
+    for height, (end, text, color) in zip(heights, ends):
+        shifted = min(height, max(end, height - over)) if over else height
+        axes.text(1.02, shifted, text, color=color, fontsize=10, va="center", transform=axes.transAxes)
+
+
+def few_ticks():
+    return MaxNLocator(5)

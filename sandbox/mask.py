@@ -56,7 +56,7 @@ class Mask:
         left, right = self.window
         lo = off - left if left >= 0 else -unbounded
         hi = off + right if right >= 0 else unbounded
-        return lo, min(hi, off) if self.causal else hi
+        return lo, off if self.causal else hi
 
     def seen(self, N_q: int, N_k: int) -> np.ndarray:
         """bool [N_q, N_k]: the band alone."""

@@ -1,4 +1,4 @@
-"""What was measured, kept: JSON lines point by point, CSV beside them, and the README's tables made from both.  [floor 3]
+"""What was measured: JSON lines point by point, CSV beside them, and the README's tables made from them.  [floor 3]
 
     python -m sandbox.records --check    says which table of README.md is not what results/ holds, exit code 1
     python -m sandbox.records --write    brings them up to date
@@ -130,7 +130,7 @@ class Log:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file; none where there is no file.  Raises ValueError, with the line, on anything else."""
+    """The rows of a JSON-lines file; none where there is no file.  Raises ValueError on a line that is not JSON."""
     rows = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
@@ -160,7 +160,7 @@ MARKED = re.compile(r"<!-- table:(?P<what>\S+)(?P<words>[^>]*?) -->\n(?P<body>.*
 
 
 def with_tables(text: str) -> str:
-    """The text with every marked table made anew.  Raises ValueError, in one line, where a marker asks for what is not there."""
+    """The text with every marked table made anew.  Raises ValueError where a marker asks for what is not there."""
 
     def fill(match):
         table = make_table(match["what"], match["words"].split())

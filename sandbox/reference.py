@@ -28,7 +28,7 @@ import torch
 
 from .problem import Problem
 
-CHUNK = 2**25  # elements of S held at once
+CHUNK = 2**24  # elements of S held at once
 U = 2.0**-24  # the unit roundoff of fp32
 INF = math.inf
 

@@ -97,7 +97,7 @@ def wide(*tensors):
 
 
 def agree(actual, expected, **kw):
-    torch.testing.assert_close(actual, expected, **TOLERANCE, check_stride=False, **kw)
+    torch.testing.assert_close(actual, expected, **TOLERANCE, **kw)
 
 
 # ------------------------------------------------------------------------------------ against other expressions of it
@@ -287,6 +287,17 @@ def test_poison_in_one_key_reaches_just_the_rows_that_see_it(case, data, poison)
     agree(O[rows], clean_O[rows])
     assert O[~rows].isnan().all() if math.isnan(poison) else (O[~rows] == poison).all()
     agree(case.backward(k=k, v=v)[0][rows], case.backward()[0][rows])
+
+
+@UNTIMED
+@given(st.integers(0, 2**31))
+def test_sums_of_anything_over_seen_pairs(seed):
+    random = torch.Generator().manual_seed(seed)
+    seen = torch.rand(1, 2, 4, 3, generator=random) < 0.7
+    W = torch.randint(-1, 2, seen.shape, generator=random).double() * seen
+    X = torch.tensor([0.5, -2, NAN, INF, -INF]).double()[torch.randint(0, 5, (1, 3, 2), generator=random)]
+    terms = torch.where(seen[..., None], W[..., None] * X[:, None, None], 0)
+    agree(reference._sum(reference.OVER_KEYS, W, X, seen), terms.sum(-2), equal_nan=True)
 
 
 def test_live_infinities():

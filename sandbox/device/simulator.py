@@ -93,10 +93,19 @@ class Stamp:
 _now = Stamp(0, 0, -1, 0, 0)  # the stamp of the thread that is running
 
 
+class Tally:
+    """How often an array was read and written."""
+
+    __slots__ = ("reads", "writes")
+
+    def __init__(self):
+        self.reads = self.writes = 0
+
+
 class Tracked:
     """An array whose every element remembers its last write and its reads since; bounds are checked."""
 
-    __slots__ = ("name", "shape", "strides", "dtype", "writer", "readers", "reads", "writes")
+    __slots__ = ("name", "shape", "strides", "dtype", "writer", "readers", "tally")
 
     def _flat(self, index):
         if len(self.shape) == 1:
@@ -111,7 +120,7 @@ class Tracked:
         return int(flat)
 
     def _on_read(self, flat, index):
-        self.reads += 1
+        self.tally.reads += 1
         w = self.writer.get(flat)
         if w is not None and w is not _now and not (w.epoch < _now.epoch and w.block == _now.block):
             if not w.before(_now):
@@ -128,7 +137,7 @@ class Tracked:
                 self.readers[flat] = _now
 
     def _on_write(self, flat, index):
-        self.writes += 1
+        self.tally.writes += 1
         for verb, past in (("written", self.writer.get(flat)), ("read", self.readers.get(flat))):
             if past is not None and past is not _now and not past.before(_now):
                 raise Race(f"{self.name}{list(index)}: written by {_now}, {verb} by {past}, no barrier between")
@@ -150,7 +159,7 @@ class SharedArray(Tracked):
         self.strides = tuple(int(np.prod(shape[k + 1 :], dtype=int)) for k in range(len(shape)))
         size = int(np.prod(shape, dtype=int))
         self.data, self.writer, self.readers = [None] * size, _Sparse(size), _Sparse(size)
-        self.reads = self.writes = 0
+        self.tally = Tally()
 
     def __getitem__(self, index):
         # The hot path of every simulated product, hence two dimensions by hand.
@@ -185,28 +194,47 @@ class _Sparse(list):
 
 
 class GlobalArray(Tracked):
-    """A kernel argument: strided view of a NumPy array, tracked and counted under its parameter's name."""
+    """A kernel argument: a strided view of a NumPy array, tracked and counted under its parameter's name.
 
-    __slots__ = ("array", "atomics")
+    Elements are known by their address, so views and expanded axes (stride 0) alias as they do in memory.
+    """
+
+    __slots__ = ("array", "address", "atomics")
 
     def __init__(self, name, array):
         self.name, self.array, self.dtype = name, array, array.dtype
-        self.shape = array.shape
-        # The address tells elements apart, so that an expanded axis (stride 0) aliases as it does in memory.
-        self.strides = array.strides
-        self.writer, self.readers, self.reads, self.writes = {}, {}, 0, 0
-        self.atomics = set()
+        self.shape, self.strides = array.shape, array.strides
+        self.address = array.__array_interface__["data"][0]
+        self.writer, self.readers, self.atomics = {}, {}, set()
+        self.tally = Tally()
+
+    def _flat(self, index):
+        return self.address + super()._flat(index)
+
+    def _view(self, index):
+        """X[b, :, h]: integers and whole slices."""
+        index += (slice(None),) * (len(self.shape) - len(index))
+        for i, n in zip(index, self.shape):
+            if not isinstance(i, slice) and not 0 <= i < n:
+                raise OutOfBounds(f"{self.name}{list(index)} is outside {list(self.shape)} ({_now})")
+        view = GlobalArray(self.name, self.array[index])
+        view.writer, view.readers, view.atomics = self.writer, self.readers, self.atomics
+        view.tally = self.tally
+        return view
 
     def __getitem__(self, index):
-        flat = self._flat(index)
-        self._on_read(flat, index if isinstance(index, tuple) else (index,))
+        index = index if isinstance(index, tuple) else (index,)
+        if len(index) < len(self.shape) or any(isinstance(i, slice) for i in index):
+            return self._view(index)
+        self._on_read(self._flat(index), index)
         return self.array[index]
 
     def __setitem__(self, index, value):
+        index = index if isinstance(index, tuple) else (index,)
         flat = self._flat(index)
         if flat in self.atomics:
             raise Race(f"{self.name}{list(index)}: plain write by {_now} beside atomic ones")
-        self._on_write(flat, index if isinstance(index, tuple) else (index,))
+        self._on_write(flat, index)
         self.array[index] = value
 
     def atomic_add(self, index, value):
@@ -217,8 +245,8 @@ class GlobalArray(Tracked):
             raise Race(f"{self.name}{list(index)}: atomic add by {_now}, plain write by {past}, no barrier between")
         self.atomics.add(flat)
         self.writer[flat] = _now
-        self.reads += 1
-        self.writes += 1
+        self.tally.reads += 1
+        self.tally.writes += 1
         old = self.array[index]
         self.array[index] = old + value
         return old
@@ -355,16 +383,16 @@ def launch(function, names, grid, threads, args, warp=32):
             cuda.blockIdx.x, cuda.tiles = block, {}
             _run_block(greenlet, cuda, function, args, block, threads, warp)
             for key, tile in cuda.tiles.items():
-                shared[0][tile.name] += tile.reads
-                shared[1][tile.name] += tile.writes
+                shared[0][tile.name] += tile.tally.reads
+                shared[1][tile.name] += tile.tally.writes
         for traffic in _traffic:
             for a in args:
                 if isinstance(a, GlobalArray):
                     letter = a.name.partition("_")[0]  # O_acc is O, kept in fp32
-                    traffic.reads[letter] += a.reads
-                    traffic.writes[letter] += a.writes
-                    traffic.read_bytes += a.reads * a.dtype.itemsize
-                    traffic.write_bytes += a.writes * a.dtype.itemsize
+                    traffic.reads[letter] += a.tally.reads
+                    traffic.writes[letter] += a.tally.writes
+                    traffic.read_bytes += a.tally.reads * a.dtype.itemsize
+                    traffic.write_bytes += a.tally.writes * a.dtype.itemsize
             traffic.shared_reads.update(shared[0])
             traffic.shared_writes.update(shared[1])
 

@@ -131,36 +131,90 @@ def shared_tile(name: str, offset: int, rows: int, ld: int, ndim: int):
 
 
 class Blocks:
-    """The operations of one kernel on its tiles.  Shapes below are [rows, columns] of the whole tile."""
+    """The operations of one kernel on its tiles.  Shapes below are [rows, columns] of the whole tile.
+
+    X is the part of a global array that one head owns, [N, d], strided: ``Q[b, :, h]``.
+    """
 
     def __init__(self, threads: Threads):
         self.threads = threads
 
+    def where(self):
+        """where() -> (block, thread, ty, tx): which block this is, which thread, and its place in the block.
+
+        The masks change nothing: they tell the compiler that no index is negative, without which it guards every
+        access against Python's wrap-around and keeps an address in registers for each.
+        """
+        TX = self.threads.TX
+
+        @device_function
+        def where():
+            block, thread = cuda.blockIdx.x & 0x7FFFFFFF, cuda.threadIdx.x & 0x3FF
+            return block, thread, thread // TX, thread % TX
+
+        return where
+
     def load(self, rows: int, widen):
-        """load(sX, X, b, n0, end, h, t): sX [rows, d] = X[b, n0:end, h, :], zeros past the end and past d."""
+        """load(sX, X, n0, end, t): sX [rows, d] = X[n0:end], zeros past the end and past d."""
         T, W, d = self.threads.count, self.threads.d_padded, self.threads.d
 
         @device_function
-        def load(sX, X, b, n0, end, h, t):
+        def load(sX, X, n0, end, t):
             for k in range(t, rows * W, T):
                 r, c = k // W, k % W
                 if n0 + r < end and c < d:
-                    sX[r, c] = widen(X[b, n0 + r, h, c])
+                    sX[r, c] = widen(X[n0 + r, c])
                 else:
                     sX[r, c] = ZERO
 
         return load
 
     def load_rows(self, rows: int):
-        """load_rows(sx, x, b, h, n0, end, t): sx [rows] = x[b, h, n0:end], zeros past the end."""
+        """load_rows(sx, x, n0, end, t): sx [rows] = x[n0:end], zeros past the end."""
         T = self.threads.count
 
         @device_function
-        def load_rows(sx, x, b, h, n0, end, t):
+        def load_rows(sx, x, n0, end, t):
             for r in range(t, rows, T):
-                sx[r] = x[b, h, n0 + r] if n0 + r < end else ZERO
+                sx[r] = x[n0 + r] if n0 + r < end else ZERO
 
         return load_rows
+
+    def store(self, narrow=same):
+        """store(X, sX, n0, end, t): X[n0:end] = sX, narrowed to X's dtype."""
+        T, d = self.threads.count, self.threads.d
+
+        @device_function
+        def store(X, sX, n0, end, t):
+            for k in range(t, (end - n0) * d, T):
+                r, c = k // d, k % d
+                X[n0 + r, c] = narrow(sX[r, c])
+
+        return store
+
+    def accumulate(self, narrow=same):
+        """accumulate(Y, X, sX, n0, end, t): Y[n0:end] = X[n0:end] + sX, X in float32."""
+        T, d = self.threads.count, self.threads.d
+
+        @device_function
+        def accumulate(Y, X, sX, n0, end, t):
+            for k in range(t, (end - n0) * d, T):
+                r, c = k // d, k % d
+                Y[n0 + r, c] = narrow(X[n0 + r, c] + sX[r, c])
+
+        return accumulate
+
+    def atomic_add(self):
+        """atomic_add(X, sX, n0, end, t): X[n0:end] += sX, whoever else adds to it, X in float32."""
+        T, d = self.threads.count, self.threads.d
+
+        @device_function
+        def atomic_add(X, sX, n0, end, t):
+            for k in range(t, (end - n0) * d, T):
+                r, c = k // d, k % d
+                cuda.atomic.add(X, (n0 + r, c), sX[r, c])
+
+        return atomic_add
 
     def product_nt(self, RA: int, RB: int, K: int):
         """product(rC, sA, sB, ty, tx): rC [rows, columns] += sA [rows, K] · sB [columns, K]ᵀ."""
@@ -225,6 +279,18 @@ class Blocks:
 
         return put
 
+    def get(self, RA: int, RB: int):
+        """get(rC, sC, ty, tx): rC = sC [rows, columns]."""
+        TY, TX = self.threads.TY, self.threads.TX
+
+        @device_function
+        def get(rC, sC, ty, tx):
+            for a in range(RA):
+                for b in range(RB):
+                    rC[a, b] = sC[ty + a * TY, tx + b * TX]
+
+        return get
+
     def fill(self, RA: int, RB: int):
         """fill(rC, x): every element of rC is x."""
 
@@ -256,44 +322,3 @@ class Blocks:
                     rC[a, b] *= rx[a]
 
         return scale_rows
-
-    def fetch(self, RA: int, RB: int, widen=same):
-        """fetch(rC, X, b, n0, end, h, ty, tx): rC = X[b, n0:end, h, :], zeros past the end and past d."""
-        TY, TX, d = self.threads.TY, self.threads.TX, self.threads.d
-
-        @device_function
-        def fetch(rC, X, b, n0, end, h, ty, tx):
-            for a in range(RA):
-                for e in range(RB):
-                    n, c = n0 + ty + a * TY, tx + e * TX
-                    rC[a, e] = widen(X[b, n, h, c]) if n < end and c < d else ZERO
-
-        return fetch
-
-    def store(self, RA: int, RB: int, narrow=same):
-        """store(X, rC, b, n0, end, h, ty, tx): X[b, n0:end, h, :] = rC, narrowed to X's dtype."""
-        TY, TX, d = self.threads.TY, self.threads.TX, self.threads.d
-
-        @device_function
-        def store(X, rC, b, n0, end, h, ty, tx):
-            for a in range(RA):
-                for e in range(RB):
-                    n, c = n0 + ty + a * TY, tx + e * TX
-                    if n < end and c < d:
-                        X[b, n, h, c] = narrow(rC[a, e])
-
-        return store
-
-    def add(self, RA: int, RB: int):
-        """add(X, rC, b, n0, end, h, ty, tx): X[b, n0:end, h, :] += rC by atomics, X a float32 array."""
-        TY, TX, d = self.threads.TY, self.threads.TX, self.threads.d
-
-        @device_function
-        def add(X, rC, b, n0, end, h, ty, tx):
-            for a in range(RA):
-                for e in range(RB):
-                    n, c = n0 + ty + a * TY, tx + e * TX
-                    if n < end and c < d:
-                        cuda.atomic.add(X, (b, n, h, c), rC[a, e])
-
-        return add

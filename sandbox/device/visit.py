@@ -47,7 +47,7 @@ class Visit:
             return first // Br, ceil_div(end, Br)
 
         @device_function
-        def look(rseen, mask, b, h, i0, j0, N_q, N_k, lo, hi, ty, tx):
+        def look(rseen, mask, i0, j0, N_q, N_k, lo, hi, ty, tx):
             """Bit e of rseen[a]: whether the thread's row a sees its column e.  Returns 1 if any does."""
             any_seen = 0
             for a in range(RA):
@@ -57,7 +57,7 @@ class Visit:
                         c, j = tx + e * TX, j0 + tx + e * TX
                         if c < Bc and j < N_k:
                             if not BANDED or (i + lo <= j and j <= i + hi):
-                                if not BOOLEAN or mask[b, h, i, j] != 0:
+                                if not BOOLEAN or mask[i, j] != 0:
                                     seen |= 1 << e
                 rseen[a] = seen
                 if seen != 0:

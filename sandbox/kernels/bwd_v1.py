@@ -13,8 +13,7 @@ from ..variant import Variant
 
 
 def layout(problem, tile, device):
-    Br, Bc, d = tile.Br, tile.Bc, problem.d
-    t = Threads.of(tile, d, device, "bwd")
+    t = Threads.of(tile, problem.d, device, "bwd")
     rows, keys, columns = t.Br_padded, t.Bc_padded, t.d_padded
     return t, Shared(
         sQ=(rows, columns), sdO=(rows, columns), sK=(keys, columns), sV=(keys, columns),
@@ -33,26 +32,27 @@ def build(problem, tile, device):
     RA, RB, RC, RD, TY, TX = t.RA, t.RB, t.RC, t.RD, t.TY, t.TX
     widen, narrow = conversions(problem.dtype)
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
+    where = blocks.where()
     tile_Q, tile_dO, tile_K, tile_V, tile_P, tile_dS, tile_LSE, tile_D = shared
     load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load(t.Bc_padded, widen)
     load_rows = blocks.load_rows(t.Br_padded)
     QKt, PtdO, dSK = blocks.product_nt(RA, RB, d), blocks.product_tn(RC, RD, Br), blocks.product_nn(RA, RD, Bc)
     dOVt, dStQ = QKt, PtdO  # the same shapes
     clear_S, clear_dQ, clear_dKV = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill(RC, RD)
-    put_S, store_dKV = blocks.put(RA, RB), blocks.store(RC, RD, narrow)
-    fetch_O, fetch_dQ = blocks.fetch(RA, RD, widen), blocks.fetch(RA, RD)
-    store_dQ, store_dQ_acc = blocks.store(RA, RD, narrow), blocks.store(RA, RD)
+    put_S, put_dQ, put_dKV = blocks.put(RA, RB), blocks.put(RA, RD), blocks.put(RC, RD)
+    store_dKV = blocks.store(narrow)
+    store_dQ, store_dQ_acc = blocks.store(narrow), blocks.store()
+    add_dQ, add_dQ_acc = blocks.accumulate(narrow), blocks.accumulate()
     look, score, slope, row_sum = visit.look, visit.score, visit.slope, softmax.row_sum
     bits = visit.bits
 
     @cuda.jit
     def bwd_v1(Q, K, V, mask, O, LSE, dO, dQ, dQ_acc, dK, dV, scale, softcap, lo, hi):
+        block, thread, ty, tx = where()
         N_q, N_k = Q.shape[1], K.shape[1]
         H_kv, group = K.shape[2], Q.shape[2] // K.shape[2]
         Tr, Tc = (N_q + Br - 1) // Br, max(1, (N_k + Bc - 1) // Bc)  # with no keys, one visit still writes dQ
-        b, h_kv = cuda.blockIdx.x // H_kv, cuda.blockIdx.x % H_kv
-        thread = cuda.threadIdx.x
-        ty, tx = thread // TX, thread % TX
+        b, h_kv = block // H_kv, block % H_kv
 
         smem = cuda.shared.array(0, float32)
         sQ = tile_Q(smem)  # [Br, d]
@@ -73,37 +73,33 @@ def build(problem, tile, device):
         for j in range(Tc):  # line 6
             j0 = j * Bc
             cuda.syncthreads()  # the last step with K and V of before has been computed
-            load_KV(sK, K, b, j0, min(j0 + Bc, N_k), h_kv, thread)  # line 7
-            load_KV(sV, V, b, j0, min(j0 + Bc, N_k), h_kv, thread)
+            load_KV(sK, K[b, :, h_kv], j0, min(j0 + Bc, N_k), thread)  # line 7
+            load_KV(sV, V[b, :, h_kv], j0, min(j0 + Bc, N_k), thread)
             clear_dKV(rdK, ZERO)  # line 8
             clear_dKV(rdV, ZERO)
 
             for g in range(group * Tr):  # line 9, for every query head of the group
                 h, i0 = h_kv * group + g // Tr, g % Tr * Br
                 end = min(i0 + Br, N_q)
-                any_seen = look(rseen, mask, b, h, i0, j0, N_q, N_k, lo, hi, ty, tx)
+                any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
                 any_seen = cuda.syncthreads_or(any_seen)  # and the step before has been computed
-                load_Q(sQ, Q, b, i0, end, h, thread)  # line 10
-                load_Q(sdO, dO, b, i0, end, h, thread)
-                load_rows(sLSE, LSE, b, h, i0, end, thread)
+                load_Q(sQ, Q[b, :, h], i0, end, thread)  # line 10
+                load_Q(sdO, dO[b, :, h], i0, end, thread)
+                load_rows(sLSE, LSE[b, h], i0, end, thread)
                 cuda.syncthreads()
 
                 # D = rowsum(dO ∘ O)  [Br]   line 19
-                fetch_O(rdQ, O, b, i0, end, h, ty, tx)
                 for a in range(RA):
-                    D = ZERO
-                    for e in range(RD):
-                        D += rdQ[a, e] * sdO[ty + a * TY, tx + e * TX]
+                    r, D = ty + a * TY, ZERO
+                    if i0 + r < end:
+                        for c in range(tx, d, TX):
+                            D += widen(O[b, i0 + r, h, c]) * sdO[r, c]
                     D = row_sum(D)
                     if tx == 0:
-                        sD[ty + a * TY] = D
+                        sD[r] = D
                 cuda.syncwarp()
 
-                if j > 0:
-                    fetch_dQ(rdQ, dQ_acc, b, i0, end, h, ty, tx)
-                else:
-                    clear_dQ(rdQ, ZERO)
-
+                clear_dQ(rdQ, ZERO)
                 if any_seen != 0:
                     # S = scale · Q Kᵀ, softcapped and masked;  dP = dO Vᵀ  [Br, Bc]   lines 11-13, 17
                     clear_S(rS, ZERO)
@@ -130,13 +126,25 @@ def build(problem, tile, device):
                     dSK(rdQ, sdS, sK, ty, tx)
                     dStQ(rdK, sdS, sQ, ty, tx)
 
-                if j < Tc - 1:
-                    store_dQ_acc(dQ_acc, rdQ, b, i0, end, h, ty, tx)
+                cuda.syncthreads()  # sQ has been read: dQ leaves through it
+                put_dQ(sQ, rdQ, ty, tx)
+                cuda.syncthreads()
+                first, last = j == 0, j == Tc - 1
+                if first and last:
+                    store_dQ(dQ[b, :, h], sQ, i0, end, thread)
+                elif first:
+                    store_dQ_acc(dQ_acc[b, :, h], sQ, i0, end, thread)
+                elif last:
+                    add_dQ(dQ[b, :, h], dQ_acc[b, :, h], sQ, i0, end, thread)
                 else:
-                    store_dQ(dQ, rdQ, b, i0, end, h, ty, tx)
+                    add_dQ_acc(dQ_acc[b, :, h], dQ_acc[b, :, h], sQ, i0, end, thread)
 
-            store_dKV(dK, rdK, b, j0, min(j0 + Bc, N_k), h_kv, ty, tx)  # line 24
-            store_dKV(dV, rdV, b, j0, min(j0 + Bc, N_k), h_kv, ty, tx)
+            cuda.syncthreads()  # sK and sV have been read: dK and dV leave through them
+            put_dKV(sK, rdK, ty, tx)
+            put_dKV(sV, rdV, ty, tx)
+            cuda.syncthreads()
+            store_dKV(dK[b, :, h_kv], sK, j0, min(j0 + Bc, N_k), thread)  # line 24
+            store_dKV(dV[b, :, h_kv], sV, j0, min(j0 + Bc, N_k), thread)
 
     run = Launch(bwd_v1, t.count, shared.bytes, warp=TX)
 

@@ -13,8 +13,7 @@ from ..variant import Variant
 
 
 def layout(problem, tile, device):
-    Br, Bc, d = tile.Br, tile.Bc, problem.d
-    t = Threads.of(tile, d, device, "bwd")
+    t = Threads.of(tile, problem.d, device, "bwd")
     rows, keys, columns = t.Br_padded, t.Bc_padded, t.d_padded
     return t, Shared(
         sQ=(rows, columns), sdO=(rows, columns), sK=(keys, columns), sV=(keys, columns),
@@ -33,14 +32,16 @@ def build(problem, tile, device):
     RA, RB, RC, RD, TY, TX = t.RA, t.RB, t.RC, t.RD, t.TY, t.TX
     widen, narrow = conversions(problem.dtype)
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
+    where = blocks.where()
     tile_Q, tile_dO, tile_K, tile_V, tile_P, tile_dS, tile_LSE, tile_D = shared
     load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load(t.Bc_padded, widen)
     load_rows = blocks.load_rows(t.Br_padded)
     QKt, PtdO, dSK = blocks.product_nt(RA, RB, d), blocks.product_tn(RC, RD, Br), blocks.product_nn(RA, RD, Bc)
     dOVt, dStQ = QKt, PtdO  # the same shapes
     clear_S, clear_dQ, clear_dKV = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill(RC, RD)
-    put_S, store_dKV = blocks.put(RA, RB), blocks.store(RC, RD, narrow)
-    add_dQ = blocks.add(RA, RD)
+    put_S, put_dQ, put_dKV = blocks.put(RA, RB), blocks.put(RA, RD), blocks.put(RC, RD)
+    store_dKV = blocks.store(narrow)
+    add_dQ = blocks.atomic_add()
     look, score, slope, query_blocks = visit.look, visit.score, visit.slope, visit.query_blocks
     BOOLEAN, bits = visit.boolean, visit.bits
     row_sum, rows_a_block = softmax.row_sum, TY
@@ -49,8 +50,8 @@ def build(problem, tile, device):
     def rowsum(O, dO, D, dQ_acc):
         """D = rowsum(dO ∘ O) [Br] and dQ = 0, lines 4-5: TX lanes a row."""
         N_q, H = O.shape[1], O.shape[2]
-        row = cuda.blockIdx.x * rows_a_block + cuda.threadIdx.x // TX
-        tx = cuda.threadIdx.x % TX
+        block, thread, ty, tx = where()
+        row = block * rows_a_block + ty
         b, i, h = row // (N_q * H), row // H % N_q, row % H
         x = ZERO
         if b < O.shape[0]:
@@ -63,14 +64,13 @@ def build(problem, tile, device):
 
     @cuda.jit
     def bwd_v2(Q, K, V, mask, LSE, dO, D, dQ_acc, dK, dV, scale, softcap, lo, hi):
+        block, thread, ty, tx = where()
         N_q, N_k = Q.shape[1], K.shape[1]
         H_kv, group = K.shape[2], Q.shape[2] // K.shape[2]
         Tc = (N_k + Bc - 1) // Bc
-        j, bh = cuda.blockIdx.x % Tc, cuda.blockIdx.x // Tc
+        j, bh = block % Tc, block // Tc
         b, h_kv = bh // H_kv, bh % H_kv
         j0 = j * Bc
-        thread = cuda.threadIdx.x
-        ty, tx = thread // TX, thread % TX
 
         smem = cuda.shared.array(0, float32)
         sQ = tile_Q(smem)  # [Br, d]
@@ -88,8 +88,8 @@ def build(problem, tile, device):
         rdV = cuda.local.array((RC, RD), float32)  # [Bc, d]
         rseen = cuda.local.array(RA, bits)  # [Br] x [Bc] bits
 
-        load_KV(sK, K, b, j0, min(j0 + Bc, N_k), h_kv, thread)  # line 7
-        load_KV(sV, V, b, j0, min(j0 + Bc, N_k), h_kv, thread)
+        load_KV(sK, K[b, :, h_kv], j0, min(j0 + Bc, N_k), thread)  # line 7
+        load_KV(sV, V[b, :, h_kv], j0, min(j0 + Bc, N_k), thread)
         clear_dKV(rdK, ZERO)
         clear_dKV(rdV, ZERO)
         first, end = query_blocks(j0, N_q, N_k, lo, hi)
@@ -97,15 +97,15 @@ def build(problem, tile, device):
         for g in range(group * (end - first)):  # line 8, for every query head of the group
             h, i0 = h_kv * group + g // (end - first), (first + g % (end - first)) * Br
             i1 = min(i0 + Br, N_q)
-            any_seen = look(rseen, mask, b, h, i0, j0, N_q, N_k, lo, hi, ty, tx)
+            any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
             if BOOLEAN:
                 if cuda.syncthreads_or(any_seen) == 0:
                     continue
             cuda.syncthreads()  # the step before has been computed
-            load_Q(sQ, Q, b, i0, i1, h, thread)  # line 9
-            load_Q(sdO, dO, b, i0, i1, h, thread)
-            load_rows(sLSE, LSE, b, h, i0, i1, thread)
-            load_rows(sD, D, b, h, i0, i1, thread)
+            load_Q(sQ, Q[b, :, h], i0, i1, thread)  # line 9
+            load_Q(sdO, dO[b, :, h], i0, i1, thread)
+            load_rows(sLSE, LSE[b, h], i0, i1, thread)
+            load_rows(sD, D[b, h], i0, i1, thread)
             cuda.syncthreads()
 
             # S = scale · Q Kᵀ, softcapped and masked;  dP = dO Vᵀ  [Br, Bc]   lines 10, 13
@@ -133,19 +133,27 @@ def build(problem, tile, device):
             dStQ(rdK, sdS, sQ, ty, tx)
             clear_dQ(rdQ, ZERO)
             dSK(rdQ, sdS, sK, ty, tx)
-            add_dQ(dQ_acc, rdQ, b, i0, i1, h, ty, tx)
+            cuda.syncthreads()  # sQ has been read: dQ leaves through it
+            put_dQ(sQ, rdQ, ty, tx)
+            cuda.syncthreads()
+            add_dQ(dQ_acc[b, :, h], sQ, i0, i1, thread)
 
-        store_dKV(dK, rdK, b, j0, min(j0 + Bc, N_k), h_kv, ty, tx)  # line 18
-        store_dKV(dV, rdV, b, j0, min(j0 + Bc, N_k), h_kv, ty, tx)
+        cuda.syncthreads()  # sK and sV have been read: dK and dV leave through them
+        put_dKV(sK, rdK, ty, tx)
+        put_dKV(sV, rdV, ty, tx)
+        cuda.syncthreads()
+        store_dKV(dK[b, :, h_kv], sK, j0, min(j0 + Bc, N_k), thread)  # line 18
+        store_dKV(dV[b, :, h_kv], sV, j0, min(j0 + Bc, N_k), thread)
 
     @cuda.jit
     def to_dtype(dQ_acc, dQ):
         """dQ, rounded to its dtype."""
         N_q, H = dQ.shape[1], dQ.shape[2]
-        row = cuda.blockIdx.x * rows_a_block + cuda.threadIdx.x // TX
+        block, thread, ty, tx = where()
+        row = block * rows_a_block + ty
         b, i, h = row // (N_q * H), row // H % N_q, row % H
         if b < dQ.shape[0]:
-            for c in range(cuda.threadIdx.x % TX, d, TX):
+            for c in range(tx, d, TX):
                 dQ[b, i, h, c] = narrow(dQ_acc[b, i, h, c])
 
     run_rowsum = Launch(rowsum, t.count, warp=TX)

@@ -8,16 +8,16 @@ O travels in float32 (O_acc) until its last visit, as 16 bits would round it ane
 from numba import cuda, float32
 
 from ..device import Blocks, Launch, Shared, Softmax, Threads, Visit, conversions, scratch
-from ..device.scalar import NEG_INF, ONE, ZERO, log
+from ..device.scalar import NEG_INF, ONE, ZERO, log, same
 from ..variant import Variant
 
 
 def layout(problem, tile, device):
-    Br, Bc, d = tile.Br, tile.Bc, problem.d
-    t = Threads.of(tile, d, device)
+    t = Threads.of(tile, problem.d, device)
     rows, keys, columns = t.Br_padded, t.Bc_padded, t.d_padded
     return t, Shared(
-        sQ=(rows, columns), sK=(keys, columns), sV=(keys, columns), sP=(rows, keys), sl=(rows,), sm=(rows,)
+        sQ=(rows, columns), sK=(keys, columns), sV=(keys, columns), sP=(rows, keys),
+        sO=(rows, columns), sl=(rows,), sm=(rows,),
     )  # fmt: skip
 
 
@@ -32,31 +32,33 @@ def build(problem, tile, device):
     RA, RB, RD, TY, TX = t.RA, t.RB, t.RD, t.TY, t.TX
     widen, narrow = conversions(problem.dtype)
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
-    tile_Q, tile_K, tile_V, tile_P, tile_l, tile_m = shared
+    where = blocks.where()
+    tile_Q, tile_K, tile_V, tile_P, tile_O, tile_l, tile_m = shared
     load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load(t.Bc_padded, widen)
-    load_rows, fetch_O = blocks.load_rows(t.Br_padded), blocks.fetch(RA, RD)
+    load_O, load_rows = blocks.load(t.Br_padded, same), blocks.load_rows(t.Br_padded)
     QKt, PV = blocks.product_nt(RA, RB, d), blocks.product_nn(RA, RD, Bc)
     clear_S, clear_O, fill_rows = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill_rows(RA)
-    rescale_O, put_P = blocks.scale_rows(RA, RD), blocks.put(RA, RB)
-    store_O, store_O_acc = blocks.store(RA, RD, narrow), blocks.store(RA, RD)
+    rescale_O, normalise_P, put_P = blocks.scale_rows(RA, RD), blocks.scale_rows(RA, RB), blocks.put(RA, RB)
+    get_O, put_O = blocks.get(RA, RD), blocks.put(RA, RD)
+    store_O, store_O_acc = blocks.store(narrow), blocks.store()
     look, score = visit.look, visit.score
     update, row_sum = softmax.update, softmax.row_sum
     bits = visit.bits
 
     @cuda.jit
     def fwd_v1(Q, K, V, mask, O, O_acc, l, m, LSE, scale, softcap, lo, hi):
+        block, thread, ty, tx = where()
         N_q, N_k = Q.shape[1], K.shape[1]
         H, group = Q.shape[2], Q.shape[2] // K.shape[2]
         Tr, Tc = (N_q + Br - 1) // Br, max(1, (N_k + Bc - 1) // Bc)  # with no keys, one visit still writes O
-        b, h = cuda.blockIdx.x // H, cuda.blockIdx.x % H
-        thread = cuda.threadIdx.x
-        ty, tx = thread // TX, thread % TX
+        b, h = block // H, block % H
 
         smem = cuda.shared.array(0, float32)
         sQ = tile_Q(smem)  # [Br, d]
         sK = tile_K(smem)  # [Bc, d]
         sV = tile_V(smem)  # [Bc, d]
         sP = tile_P(smem)  # [Br, Bc]
+        sO = tile_O(smem)  # [Br, d]
         sl = tile_l(smem)  # [Br]
         sm = tile_m(smem)  # [Br]
         rS = cuda.local.array((RA, RB), float32)  # S, then P̃  [Br, Bc]
@@ -64,27 +66,30 @@ def build(problem, tile, device):
         rm = cuda.local.array(RA, float32)  # [Br]
         rl = cuda.local.array(RA, float32)  # [Br], this lane's part of the tile's sum
         ralpha = cuda.local.array(RA, float32)  # [Br]
+        rinverse = cuda.local.array(RA, float32)  # [Br]
         rseen = cuda.local.array(RA, bits)  # [Br] x [Bc] bits
 
         for j in range(Tc):  # line 5
             j0 = j * Bc
             cuda.syncthreads()  # the last step with K and V of before has been computed
-            load_KV(sK, K, b, j0, min(j0 + Bc, N_k), h // group, thread)  # line 6
-            load_KV(sV, V, b, j0, min(j0 + Bc, N_k), h // group, thread)
+            load_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), thread)  # line 6
+            load_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), thread)
 
             for i in range(Tr):  # line 7
                 i0 = i * Br
                 end = min(i0 + Br, N_q)
-                any_seen = look(rseen, mask, b, h, i0, j0, N_q, N_k, lo, hi, ty, tx)
+                any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
                 any_seen = cuda.syncthreads_or(any_seen)  # and the step before has been computed
-                load_Q(sQ, Q, b, i0, end, h, thread)  # line 8
+                load_Q(sQ, Q[b, :, h], i0, end, thread)  # line 8
                 if j > 0:
-                    load_rows(sl, l, b, h, i0, end, thread)
-                    load_rows(sm, m, b, h, i0, end, thread)
-                    fetch_O(rO, O_acc, b, i0, end, h, ty, tx)
+                    load_rows(sl, l[b, h], i0, end, thread)
+                    load_rows(sm, m[b, h], i0, end, thread)
+                    load_O(sO, O_acc[b, :, h], i0, end, thread)
+                cuda.syncthreads()
+                if j > 0:
+                    get_O(rO, sO, ty, tx)
                 else:
                     clear_O(rO, ZERO)
-                cuda.syncthreads()
                 for a in range(RA):
                     rm[a] = sm[ty + a * TY] if j > 0 else NEG_INF
 
@@ -98,22 +103,24 @@ def build(problem, tile, device):
                 update(rS, rm, rl, ralpha)
 
                 # O = diag(l_new)⁻¹ (diag(l) alpha O + P̃ V)  [Br, d]   line 12
+                # Each weight is divided before it is used: multiplying O by a rounded 1/l_new at every step drifts.
                 for a in range(RA):
                     l_old = sl[ty + a * TY] * ralpha[a] if j > 0 else ZERO
-                    ralpha[a] = l_old
                     rl[a] = l_old + row_sum(rl[a])
+                    ralpha[a] = l_old / rl[a] if rl[a] != ZERO else ZERO
+                    rinverse[a] = ONE / rl[a] if rl[a] != ZERO else ZERO
                 rescale_O(rO, ralpha)
+                normalise_P(rS, rinverse)
                 put_P(sP, rS, ty, tx)
-                cuda.syncwarp()  # a row of P̃ is written and read by the lanes of one warp
+                cuda.syncwarp()  # a row of P is written and read by the lanes of one warp
                 if any_seen != 0:
                     PV(rO, sP, sV, ty, tx)
-                for a in range(RA):
-                    ralpha[a] = ONE / rl[a] if rl[a] != ZERO else ZERO
-                rescale_O(rO, ralpha)
+                put_O(sO, rO, ty, tx)
+                cuda.syncthreads()
                 if j < Tc - 1:
-                    store_O_acc(O_acc, rO, b, i0, end, h, ty, tx)
+                    store_O_acc(O_acc[b, :, h], sO, i0, end, thread)
                 else:
-                    store_O(O, rO, b, i0, end, h, ty, tx)
+                    store_O(O[b, :, h], sO, i0, end, thread)
 
                 for a in range(RA):  # line 13
                     row = i0 + ty + a * TY

@@ -13,8 +13,7 @@ from ..variant import Variant
 
 
 def layout(problem, tile, device):
-    Br, Bc, d = tile.Br, tile.Bc, problem.d
-    t = Threads.of(tile, d, device)
+    t = Threads.of(tile, problem.d, device)
     rows, keys, columns = t.Br_padded, t.Bc_padded, t.d_padded
     return t, Shared(sQ=(rows, columns), sK=(keys, columns), sV=(keys, columns), sP=(rows, keys))
 
@@ -30,25 +29,26 @@ def build(problem, tile, device):
     RA, RB, RD, TY, TX = t.RA, t.RB, t.RD, t.TY, t.TX
     widen, narrow = conversions(problem.dtype)
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
+    where = blocks.where()
     tile_Q, tile_K, tile_V, tile_P = shared
     load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load(t.Bc_padded, widen)
     QKt, PV = blocks.product_nt(RA, RB, d), blocks.product_nn(RA, RD, Bc)
     clear_S, clear_O, fill_rows = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill_rows(RA)
-    rescale_O, put_P, store_O = blocks.scale_rows(RA, RD), blocks.put(RA, RB), blocks.store(RA, RD, narrow)
+    rescale_O, put_P, put_O = blocks.scale_rows(RA, RD), blocks.put(RA, RB), blocks.put(RA, RD)
+    store_O = blocks.store(narrow)
     look, score, key_blocks = visit.look, visit.score, visit.key_blocks
     update, row_sum = softmax.update, softmax.row_sum
     BOOLEAN, bits = visit.boolean, visit.bits
 
     @cuda.jit
     def fwd_v2(Q, K, V, mask, O, LSE, scale, softcap, lo, hi):
+        block, thread, ty, tx = where()
         N_q, N_k = Q.shape[1], K.shape[1]
         H, group = Q.shape[2], Q.shape[2] // K.shape[2]
         Tr = (N_q + Br - 1) // Br
-        i, bh = cuda.blockIdx.x % Tr, cuda.blockIdx.x // Tr
+        i, bh = block % Tr, block // Tr
         b, h = bh // H, bh % H
         i0 = (Tr - 1 - i) * Br  # a causal mask makes the last rows the longest: they start first
-        thread = cuda.threadIdx.x
-        ty, tx = thread // TX, thread % TX
 
         smem = cuda.shared.array(0, float32)
         sQ = tile_Q(smem)  # [Br, d]
@@ -62,7 +62,7 @@ def build(problem, tile, device):
         ralpha = cuda.local.array(RA, float32)  # [Br]
         rseen = cuda.local.array(RA, bits)  # [Br] x [Bc] bits
 
-        load_Q(sQ, Q, b, i0, N_q, h, thread)
+        load_Q(sQ, Q[b, :, h], i0, N_q, thread)
         clear_O(rO, ZERO)
         fill_rows(rm, NEG_INF)
         fill_rows(rl, ZERO)
@@ -70,13 +70,13 @@ def build(problem, tile, device):
         first, end = key_blocks(i0, N_q, N_k, lo, hi)
         for j in range(first, end):
             j0 = j * Bc
-            any_seen = look(rseen, mask, b, h, i0, j0, N_q, N_k, lo, hi, ty, tx)
+            any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
             if BOOLEAN:
                 if cuda.syncthreads_or(any_seen) == 0:
                     continue
             cuda.syncthreads()  # the tiles of the step before have been read
-            load_KV(sK, K, b, j0, min(j0 + Bc, N_k), h // group, thread)
-            load_KV(sV, V, b, j0, min(j0 + Bc, N_k), h // group, thread)
+            load_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), thread)
+            load_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), thread)
             cuda.syncthreads()
 
             # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]
@@ -101,7 +101,10 @@ def build(problem, tile, device):
                 LSE[b, h, row] = rm[a] + log(l) if l != ZERO else NEG_INF
             ralpha[a] = ONE / l if l != ZERO else ZERO
         rescale_O(rO, ralpha)
-        store_O(O, rO, b, i0, min(i0 + Br, N_q), h, ty, tx)
+        cuda.syncthreads()  # sQ has been read: O leaves through it
+        put_O(sQ, rO, ty, tx)
+        cuda.syncthreads()
+        store_O(O[b, :, h], sQ, i0, min(i0 + Br, N_q), thread)
 
     run = Launch(fwd_v2, t.count, shared.bytes, warp=TX)
 

@@ -2,7 +2,7 @@
 
 Nothing is timed that has not passed the gate in the same run: `time` takes the Verdict, and refuses a failed one.
 
-One sample is:  flush L2 | start event | launch | end event.  The flush also keeps the host's own cost out of the figure:
+One sample is:  flush L2 | start event | launch | end event.  The flush also keeps the host's cost out of the figure:
 while the GPU still writes the flush buffer, the host enqueues both events and the launch, so that the kernels follow
 one another without a gap.  Where one flush is shorter than the host needs, it is repeated.
 """

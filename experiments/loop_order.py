@@ -1,0 +1,501 @@
+"""Why did FlashAttention swap its loops?
+
+fwd_v1 to fwd_v2 changes four things at once: loop, grid, normalisation and skipping.  Two controls take them apart:
+
+    fwd_v2_kv_outer  ->  fwd_v2_one_block    the order of the loops, and nothing else
+    fwd_v2_one_block ->  fwd_v2              the grid, and nothing else: one block a head, or one a row block too
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import click
+
+from sandbox import catalog
+from sandbox.mask import Mask
+from sandbox.measure import formulas, standard, timing
+from sandbox.problem import Problem
+from sandbox.variant import Device, Tile
+
+from . import common, inputs, picture
+from .common import Experiment, agrees, count, gigabytes, number, total
+
+FORWARD = ("fwd_v1", "fwd_v2_kv_outer", "fwd_v2_one_block", "fwd_v2")
+BACKWARD = ("bwd_v1", "bwd_v2", "bwd_v2_deterministic")
+
+ERRATUM = """\
+Erratum.  The article behind this project has the two orders the wrong way round: it puts Q outside in V1, and K/V
+outside in V2.  The papers say the reverse.  FlashAttention-1, Algorithm 1, lines 5-8: K/V outside, Q inside, and O, l,
+m go to HBM and back at every step.  FlashAttention-2, Algorithm 1 and section 3.2: Q outside ("instead of the other way
+round in the original").  Both backward passes keep K/V outside.  The benefits that the article lists, Q read once and
+fewer accesses, belong to Q outside."""
+
+
+# ---- the points -----------------------------------------------------------------------------------------------------
+
+
+def plan(device: Device, input, seqlen, head_dim, br, bc, batch, heads, causal, seed, dtype, counters):
+    real = (input or ("minilm" if device.simulated else "gauss")) == "minilm"
+    input = "minilm" if real else "gauss"
+    tile = Tile(br or (32 if device.simulated else 64), bc or (32 if device.simulated else 64))
+    seqlen = seqlen or ((64, 128, 192) if device.simulated else (512,) if real else (1024, 2048, 4096, 8192, 16384))
+    heads = heads or (1 if device.simulated else inputs.HEADS if real else 32)
+    points = []
+    for N in seqlen:
+        problem = Problem(batch, heads, heads, N, N, head_dim or (32 if real else 64), dtype, mask=Mask(causal))
+        inputs.check(input, problem)
+        common_fields = dict(input=input, seed=seed, count_bytes=counters)
+        if not device.simulated:
+            points += [
+                common.Point(standard.NAME, direction, None, problem, tile, **common_fields)
+                for direction in ("fwd", "bwd")
+            ]
+        for name in FORWARD + BACKWARD:
+            points.append(common.point(catalog.find(name), problem, tile, device, **common_fields))
+    misfits = [point.infeasible for point in points if point.variant != standard.NAME]
+    if all(misfits):
+        raise ValueError(f"tile {tile} fits no variant: {misfits[0]}")
+    return points
+
+
+def measure(point: common.Point) -> dict:
+    """Standard attention is timed as torch runs it; it is a yardstick, so it passes no gate."""
+    if point.variant != standard.NAME:
+        return common.measure(point)
+    row = common.empty_row()
+    floor = formulas.standard(point.problem, point.direction)
+    row |= {"formula_reads_total": floor.total_reads, "formula_writes_total": floor.total_writes}
+    try:
+        x = inputs.make(point.input, point.problem, point.seed)
+        row |= common.timed(timing.time_launch(standard.launcher(point.problem, x, point.direction)), point)
+    except common.OutOfMemory:
+        return row | {"infeasible": "S and P do not fit in the GPU's memory"}
+    return row | (common.counted_bytes(point) if point.count_bytes else {})
+
+
+# ---- what the rows say ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The rows of one run at its largest N, by variant; standard attention's floor where it was not run."""
+
+    rows: dict[tuple[str, str], dict]
+    N: int
+
+    @classmethod
+    def of(cls, rows: list[dict]) -> Facts | None:
+        """None where the two controls have no row in common."""
+        done = [row for row in rows if total(row) is not None and not row["infeasible"]]
+        for N in sorted({row["N"] for row in done}, reverse=True):
+            at_N = {(row["variant"], row["direction"]): row for row in done if row["N"] == N}
+            if all((name, "fwd") in at_N for name in FORWARD):
+                return cls(at_N, N)
+        return None
+
+    def __getitem__(self, variant: str) -> dict:
+        return self.rows[variant, variant[:3]]
+
+    def has(self, *variants: str) -> bool:
+        return all((variant, variant[:3]) in self.rows for variant in variants)
+
+    @property
+    def row(self) -> dict:
+        return self["fwd_v2"]
+
+    @property
+    def problem(self) -> Problem:
+        return problem_of(self.row)
+
+    @property
+    def timed(self) -> bool:
+        return all(self[name]["seconds"] for name in FORWARD)
+
+    def fewer(self, before: str, after: str) -> float:
+        return total(self[before]) / total(self[after])
+
+    def faster(self, before: str, after: str) -> float:
+        return self[before]["seconds"] / self[after]["seconds"]
+
+
+def problem_of(row: dict) -> Problem:
+    return Problem(row["B"], row["H"], row["H"], row["N"], row["N"], row["d"], row["dtype"], mask=Mask(row["causal"]))
+
+
+def thread_blocks(row: dict) -> int:
+    return row["B"] * row["H"] * (-(-row["N"] // row["Br"]) if row["variant"] == "fwd_v2" else 1)
+
+
+def answer(rows: list[dict]) -> str:
+    facts = Facts.of(rows)
+    if facts is None:
+        return f"{ERRATUM}\n\nNo N at which every forward variant ran with this tile: nothing to compare."
+    parts = [because(facts), on_the_grid(facts)]
+    if facts.has(*BACKWARD):
+        parts.append(backward(facts))
+    text = "\n".join(parts) + f"\n\n{ERRATUM}\n\nWhat this run says about the article's claims:\n"
+    return text + "\n".join(f"  {number}. {verdict}: {why}" for number, verdict, why in claims(rows))
+
+
+def because(facts: Facts) -> str:
+    kv, q, row = facts["fwd_v2_kv_outer"], facts["fwd_v2_one_block"], facts.row
+    fewer = facts.fewer("fwd_v2_kv_outer", "fwd_v2_one_block")
+    text = (
+        f"Why swap the loops?  At N={facts.N}, d={row['d']}, tile {row['Br']}x{row['Bc']}, putting Q outside takes a "
+        f"forward from {number(total(kv))} to {number(total(q))} global accesses, {_times(fewer, 'fewer', 'more')}, by the loop alone.\n"
+    )
+    a, b = (formulas.traffic(name, facts.problem, Tile(row["Br"], row["Bc"])) for name in (kv["variant"], q["variant"]))
+    carried = [sum(t.reads.get(x, 0) + t.writes.get(x, 0) for x in ("O", "l", "m")) for t in (a, b)]
+    streamed = [t.reads["K"] + t.reads["V"] for t in (a, b)]
+    text += (
+        f"O, l and m stay on chip ({number(carried[0])} accesses become {number(carried[1])}) and Q is read once ({number(a.reads['Q'])} "
+        f"become {number(b.reads['Q'])});\nre-reading K and V for every row block ({number(streamed[0])} become {number(streamed[1])}) "
+        f"{'costs less than that' if fewer > 1 else 'costs more than that with this tile'}."
+    )
+    if facts.timed:
+        faster = facts.faster("fwd_v2_kv_outer", "fwd_v2_one_block")
+        text += f"  In time: {_ms(kv)} become {_ms(q)}, {_times(faster, 'faster', 'slower')}."
+    return text
+
+
+def on_the_grid(facts: Facts) -> str:
+    one, many = facts["fwd_v2_one_block"], facts["fwd_v2"]
+    same = total(one) == total(many)
+    text = f"The grid alone, {thread_blocks(one):,} thread blocks to {thread_blocks(many):,}, " + (
+        "moves the same elements" if same else f"takes accesses from {number(total(one))} to {number(total(many))}"
+    )
+    if facts.timed:
+        faster = facts.faster("fwd_v2_one_block", "fwd_v2")
+        return text + f" and takes {_ms(one)} to {_ms(many)}: {_times(faster, 'faster', 'slower')}."
+    return text + "; what it is worth is time, which the simulator cannot tell."
+
+
+def backward(facts: Facts) -> str:
+    v1, v2, twice = (facts[name] for name in BACKWARD)
+    text = (
+        f"Backward, K/V outside in both: {number(total(v1))} accesses (v1), {number(total(v2))} (v2, dQ by atomic adds), "
+        f"{number(total(twice))} (v2, deterministic)"
+    )
+    if all(row["seconds"] for row in (v1, v2, twice)):
+        text += f"; {_ms(v1)}, {_ms(v2)}, {_ms(twice)}"
+    return text + "."
+
+
+def claims(rows: list[dict]) -> list[tuple[int, str, str]]:
+    """(number in the list of claims, verdict, why), each from the numbers of these rows."""
+    facts = Facts.of(rows)
+    return [claim_3(facts), claim_6(facts), claim_7(facts), claim_8(facts)] if facts else []
+
+
+def claim_3(facts: Facts):
+    """v1 cuts HBM accesses, not FLOPs; the saving is what makes it fast."""
+    v1, floor = facts["fwd_v1"], formulas.standard(facts.problem).total
+    fewer = floor / total(v1)
+    why = f"fwd_v1 takes {number(total(v1))} accesses, standard attention at least {number(floor)}: {_times(fewer, 'fewer', 'more')}"
+    std = facts.rows.get((standard.NAME, "fwd"))
+    if std and std["dram_bytes"] and v1["dram_bytes"]:
+        fewer = std["dram_bytes"] / v1["dram_bytes"]
+        why += f"; DRAM moved {gigabytes(std['dram_bytes'])} against {gigabytes(v1['dram_bytes'])}"
+    if not std or not std["seconds"] or not v1["seconds"]:
+        why += "; whether that makes it fast needs a GPU" if not facts.timed else "; standard attention did not run"
+        return 3, "holds in part" if fewer > 1 else "does not hold with this tile", why
+    faster = std["seconds"] / v1["seconds"]
+    why += f"; {_ms(std)} against {_ms(v1)}, {_times(faster, 'faster', 'slower')}"
+    return 3, _verdict(fewer > 1, faster > 1), why
+
+
+def claim_6(facts: Facts):
+    """v1 fuses Q K^T, softmax and P V into one kernel."""
+    heads, v1 = facts.row["B"] * facts.row["H"], facts["fwd_v1"]
+    S = 4 * heads * facts.N**2
+    if v1["reads_total"] is None:
+        return 6, "holds", f"one launch passes the gate without the {number(S)} accesses to S and P of three kernels"
+    named = sum(
+        v1[f"{way}_{x}"] for way, arrays in (("reads", common.READ), ("writes", common.WRITTEN)) for x in arrays
+    )
+    whole = named == v1["reads_total"] + v1["writes_total"]
+    why = f"one launch, and all it touches is Q, K, V, O, l, m, LSE; three kernels would pass S and P on, {number(S)} accesses"
+    return 6, "holds" if whole and v1["gate"] == "passed" else "does not hold", why
+
+
+def claim_7(facts: Facts):
+    """v2 swaps the loops; Q is then read once and traffic falls."""
+    kv, q = facts["fwd_v2_kv_outer"], facts["fwd_v2_one_block"]
+    once = facts.row["B"] * facts.row["H"] * facts.N * facts.row["d"]
+    fewer = facts.fewer("fwd_v2_kv_outer", "fwd_v2_one_block")
+    if q["reads_Q"] is not None:
+        why = f"with Q outside Q is read {q['reads_Q'] / once:g} times, with K/V outside {kv['reads_Q'] / once:g} times"
+    else:
+        why = "by the formula, equal to the counts on the simulator, Q is read once"
+    why += f"; accesses {number(total(kv))} to {number(total(q))}, {_times(fewer, 'fewer', 'more')}"
+    falls = fewer > 1
+    for name, field in (("L2", "l2_bytes"), ("DRAM", "dram_bytes")):
+        if kv[field] and q[field]:
+            why += f"; {name} {gigabytes(kv[field])} to {gigabytes(q[field])}"
+            falls = falls and (name == "DRAM" or q[field] < kv[field])
+    return 7, _verdict(q["reads_Q"] in (None, once), falls), why + " (the article names the orders the wrong way round)"
+
+
+def claim_8(facts: Facts):
+    """v2 divides work better among thread blocks and warps."""
+    one, many = facts["fwd_v2_one_block"], facts["fwd_v2"]
+    why = f"{thread_blocks(one):,} thread blocks become {thread_blocks(many):,}, with the same accesses"
+    if not facts.timed:
+        return 8, "not measurable here", why + "; the simulator has no time"
+    faster = facts.faster("fwd_v2_one_block", "fwd_v2")
+    verdict = "holds for thread blocks" if faster > 1.05 else "does not show"
+    return (
+        8,
+        verdict,
+        f"{why}, {_ms(one)} become {_ms(many)}, {_times(faster, 'faster', 'slower')}; warps: not asked here",
+    )
+
+
+def _verdict(*halves: bool) -> str:
+    return "holds" if all(halves) else "holds in part" if any(halves) else "does not hold"
+
+
+def _times(ratio: float, over: str, under: str) -> str:
+    return f"{ratio:.3g} times {over}" if ratio >= 1 else f"{1 / ratio:.3g} times {under}"
+
+
+def _ms(row: dict) -> str:
+    ms = row["seconds"] * 1e3
+    return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+
+
+# ---- table ----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict]) -> str:
+    return "\n\n".join(
+        common.table([row for row in rows if row["direction"] == direction], _columns(direction))
+        for direction in ("fwd", "bwd")
+        if any(row["direction"] == direction for row in rows)
+    )
+
+
+def _columns(direction: str):
+    reads = {"fwd": ("Q", "K V", "O", "l m"), "bwd": ("Q", "K V", "O", "dO", "dQ", "LSE D")}[direction]
+    writes = {"fwd": ("O", "l m LSE"), "bwd": ("dQ", "dK dV", "D")}[direction]
+    return [
+        ("variant", lambda row: row["variant"]),
+        ("loop", lambda row: row["loop_order"]),
+        ("N", lambda row: row["N"]),
+        ("tile", lambda row: f"{row['Br']}x{row['Bc']}"),
+        *((f"reads {group}", _sum("reads", group)) for group in reads),
+        *((f"writes {group}", _sum("writes", group)) for group in writes),
+        ("accesses", lambda row: count(total(row))),
+        ("formula", lambda row: {True: "= equal", False: "DIFFERS"}.get(agrees(row))),
+        ("DRAM", lambda row: count(row["dram_bytes"])),
+        ("L2", lambda row: count(row["l2_bytes"])),
+        ("ms", lambda row: row["seconds"] and f"{row['seconds'] * 1e3:.3f}"),
+        ("TFLOP/s", lambda row: row["tflops"] and f"{row['tflops']:.2f}"),
+        ("max error", lambda row: row["max_error"] and f"{row['max_error']:.1e}"),
+        ("gate", lambda row: row["gate"]),
+        ("cannot run", lambda row: row["infeasible"]),
+    ]
+
+
+def _sum(way: str, group: str):
+    def cell(row):
+        counts = [row[f"{way}_{array}"] for array in group.split()]
+        return None if None in counts else count(sum(counts))
+
+    return cell
+
+
+# ---- picture --------------------------------------------------------------------------------------------------------
+
+CONTROLS = ("fwd_v2_kv_outer", "fwd_v2_one_block")
+WALKS = {
+    "kv_outer": (
+        "K, V outside: FlashAttention-1",
+        (("for j:  load K, V", picture.SKY), ("  for i:  load Q, O, l, m; store O, l, m", picture.VERMILION)),
+    ),
+    "q_outer": (
+        "Q outside: FlashAttention-2",
+        (("for i:  load Q", picture.BLUE), ("  for j:  load K, V", picture.SKY), ("  store O, LSE", picture.VERMILION)),
+    ),
+}
+
+
+def draw(rows: list[dict]):
+    facts = Facts.of(rows)
+    row = facts.row if facts else rows[0]
+    subtitle = f"{picture.setup(row)} · tile {row['Br']}x{row['Bc']}"
+    if facts is None:
+        return picture.page("Nothing to compare: not every variant ran with this tile", subtitle, (12, 1.2))
+    width = 14.5 if facts.timed else 12
+    figure = picture.page(_title(facts), subtitle, (width, 7.1))
+
+    def axes(left, bottom, inches, height):
+        return figure.add_axes((left / width, bottom, inches / width, height))
+
+    _walk(axes(0.18, 0.44, 2.8, 0.37), "kv_outer")
+    _walk(axes(0.18, -0.01, 2.8, 0.37), "q_outer")
+    _bars(axes(5.1, 0.47, 5.0 if facts.timed else 6.7, 0.335), facts, "fwd")
+    _bars(axes(5.1, 0.09, 5.0 if facts.timed else 6.7, 0.26), facts, "bwd")
+    how = "as counted; outlined: the formula" if facts.row["reads_total"] is not None else "by the formula"
+    key = f"filled: read, hatched: written, {how}.  Beside: all together, and against v2."
+    figure.text(5.1 / width, 0.012, key, fontsize=9.5, color=picture.GREY)
+    if facts.timed:
+        _speed(axes(10.65, 0.47, 2.1, 0.335), rows, "fwd")
+        _speed(axes(10.65, 0.09, 2.1, 0.26), rows, "bwd")
+    return figure
+
+
+def _title(facts: Facts) -> str:
+    fewer = facts.fewer("fwd_v2_kv_outer", "fwd_v2_one_block")
+    title = f"With Q outside, O, l and m stay on chip: {_times(fewer, 'fewer', 'more')} global accesses"
+    if facts.timed:
+        faster = facts.faster("fwd_v1", "fwd_v2")
+        title += f",\nand row blocks run side by side: from v1 to v2, {_times(faster, 'faster', 'slower')}"
+    return title
+
+
+def _walk(axes, order: str):
+    """The tiles of S, and the way that the two loops take through them."""
+    n, (head, code) = 4, WALKS[order]
+    by_rows = order == "q_outer"
+    axes.set(xlim=(-1.2, n + 2.4), ylim=(n + 2.2, -1.6), aspect="equal", anchor="NW")
+    axes.axis("off")
+    for k in range(n):
+        axes.add_patch(picture.box(-0.75, k, 0.55, 1, picture.BLUE, 1 if k == 0 or not by_rows else 0.25))
+        axes.add_patch(picture.box(k, -0.75, 1, 0.55, picture.SKY, 1 if k == 0 or by_rows else 0.3))
+        for i in range(n):
+            on = k == 0  # the first turn of the outer loop
+            tile = (i, k) if by_rows else (k, i)
+            axes.add_patch(picture.box(*tile, 1, 1, picture.INK, 0.16 if on else 0.06))
+        start, end = (0.14, k + 0.5), (n - 0.1, k + 0.5)
+        if not by_rows:
+            start, end = start[::-1], end[::-1]
+        picture.arrow(axes, start, end, picture.INK if k == 0 else picture.SILVER, 2.4 if k == 0 else 1.3)
+    axes.text(-0.9, n / 2, "Q, O", rotation=90, ha="right", va="center", fontsize=10, color=picture.BLUE)
+    axes.text(n / 2, -0.85, "K, V", ha="center", va="bottom", fontsize=10, color=picture.BLUE)
+    axes.text(n + 0.15, n / 2, "tiles\nof S", va="center", fontsize=10, color=picture.GREY)
+    axes.text(-1.2, -1.75, head, fontsize=12, fontweight="bold", va="bottom")
+    for line, (words, color) in enumerate(code):
+        axes.text(-1.2, n + 0.3 + 0.62 * line, words, family="monospace", fontsize=9.5, color=INKS[color], va="top")
+
+
+INKS = {picture.SKY: "#1f7fb8", picture.BLUE: picture.BLUE, picture.VERMILION: "#b34e00"}  # dark enough for text
+
+
+def _bars(axes, facts: Facts, direction: str):
+    """Accesses by array: filled as counted, or else as the formula says; outlined by the formula."""
+    names = [name for name in (FORWARD if direction == "fwd" else BACKWARD) if facts.has(name)]
+    tile = Tile(facts.row["Br"], facts.row["Bc"])
+    bars = [(formulas.standard(facts.problem, direction), None)]
+    bars += [(formulas.traffic(name, facts.problem, tile), facts[name]) for name in names]
+    widest = max(formula.total for formula, _ in bars)
+    span = (1.22 if facts.row["dram_bytes"] is None else 1.3) * widest
+    for y, (formula, row) in enumerate(bars):
+        left = 0
+        for way in ("reads", "writes"):
+            for group, (members, color) in picture.GROUPS.items():
+                width = sum(getattr(formula, way).get(array, 0) for array in members)
+                counts = (
+                    [row.get(f"{way}_{array}") or 0 for array in members] if row and row["reads_total"] else [width]
+                )
+                _segment(axes, y, left, sum(counts), width, color, way == "writes", row is None)
+                if width > 0.045 * widest:
+                    axes.text(
+                        left + width / 2, y, group, ha="center", va="center", fontsize=9, color=picture.ink_on(color)
+                    )
+                left += width
+        _beside(axes, y, left, total(row) if row else formula.total, row, total(facts[direction + "_v2"]))
+    axes.set_yticks(range(len(bars)), ["standard, unfused:\nat least", *names], color=picture.INK)
+    axes.set(xlim=(0, span), ylim=(len(bars) - 0.5, -0.5))
+    axes.xaxis.set_major_formatter(lambda x, _: count(x).replace(".0", ""))
+    axes.xaxis.set_major_locator(picture.few_ticks())
+    axes.grid(axis="x")
+    axes.tick_params(length=0)
+    axes.tick_params(axis="x", labelsize=9.5)
+    if direction == "fwd" and facts.row["dram_bytes"] is None:
+        loop = facts.fewer("fwd_v2_kv_outer", "fwd_v2_one_block")
+        _difference(axes, 2, 3, widest, f"the loop alone:\n{_times(loop, 'fewer', 'more')}")
+        _difference(
+            axes,
+            3,
+            4,
+            widest,
+            "the grid alone:\n" + ("the same" if facts.fewer("fwd_v2_one_block", "fwd_v2") == 1 else "not the same"),
+        )
+    axes.set_title(f"{'Forward' if direction == 'fwd' else 'Backward'}: global accesses, in elements, N={facts.N}")
+
+
+def _segment(axes, y, left, counted, formula, color, written, faint):
+    hatch = "////" if written else None
+    axes.barh(
+        y, counted, 0.66, left, color=color, hatch=hatch, edgecolor="white", linewidth=0, alpha=0.45 if faint else 1
+    )
+    if formula:
+        edge = {"linestyle": ":" if faint else "-", "edgecolor": picture.INK, "linewidth": 0.9}
+        axes.barh(y, formula, 0.66, left, color="none", **edge)
+
+
+def _difference(axes, above, below, widest, words):
+    """A bracket between two bars that differ in one thing."""
+    x = 0.93 * widest
+    axes.plot(
+        [x, x + 0.012 * widest, x + 0.012 * widest, x],
+        [above + 0.06, above + 0.06, below - 0.06, below - 0.06],
+        color=picture.GREY,
+        linewidth=1.2,
+    )
+    axes.text(x + 0.03 * widest, (above + below) / 2, words, va="center", fontsize=9.5, color=picture.GREY)
+
+
+def _beside(axes, y, left, accesses, row, reference):
+    words = f" {count(accesses)}, × {accesses / reference:.2f}"
+    if row and row["dram_bytes"]:
+        words += f"\n DRAM {gigabytes(row['dram_bytes'])}, L2 {gigabytes(row['l2_bytes'])}"
+    axes.text(left, y, words, va="center", fontsize=9.5)
+
+
+def _speed(axes, rows: list[dict], direction: str):
+    names = (standard.NAME, *(FORWARD if direction == "fwd" else BACKWARD))
+    ends = []
+    for name in names:
+        ours = [row for row in rows if (row["variant"], row["direction"]) == (name, direction) and row["tflops"]]
+        if ours:
+            color, dashed = picture.LOOPS[ours[0]["loop_order"]], name in CONTROLS or name == BACKWARD[-1]
+            x, y = [row["N"] for row in ours], [row["tflops"] for row in ours]
+            axes.plot(x, y, "--o" if dashed else "-o", color=color, linewidth=2, markersize=4)
+            ends.append((x[-1], y[-1], name, color))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(x := sorted({row["N"] for row in rows}), [f"{N // 1024}k" if N % 1024 == 0 else N for N in x])
+    axes.minorticks_off()
+    axes.set_ylim(0)
+    axes.grid(axis="y")
+    axes.set_title("TFLOP/s over N")
+    picture.label_ends(axes, ends, 0.08 if direction == "fwd" else 0.1)
+
+
+EXPERIMENT = Experiment(
+    name="loop_order",
+    question="Why did FlashAttention swap its loops?",
+    fixed="input, shape, tile; each control differs from its neighbour in one thing",
+    factor="which loop is outside (fwd_v2_kv_outer, fwd_v2_one_block), then the grid (fwd_v2)",
+    varies=("variant", "direction", "N"),
+    options=(
+        common.INPUT,
+        common.integers("--seqlen", help="N, one or several; 64,128,192 simulated, else 1k to 16k."),
+        common.HEAD_DIM,
+        click.option("--br", type=common.SIZE, help="Br, rows of a tile; 32 simulated, else 64."),
+        click.option("--bc", type=common.SIZE, help="Bc, keys of a tile; 32 simulated, else 64."),
+        common.BATCH,
+        click.option("--heads", type=common.SIZE, help="H; 1 simulated, else 32."),
+        common.CAUSAL,
+        common.SEED,
+        common.DTYPE,
+        common.COUNTERS,
+    ),
+    plan=plan,
+    table=table,
+    answer=answer,
+    draw=draw,
+    measure=measure,
+)
