@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import signal
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,6 +22,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from sandbox import catalog, records, target
+from sandbox.device import simulator
 from sandbox.measure import counters, formulas, gate, timing
 from sandbox.problem import Problem
 from sandbox.variant import Device, Infeasible, Tile
@@ -92,9 +94,7 @@ class Point:
 
     def seconds(self) -> float:
         """About how long the simulator takes."""
-        from sandbox.device import simulator
-
-        return 0.0 if self.infeasible else simulator.estimate_seconds(self.problem, self.tile, self.direction)
+        return 0.0 if self.infeasible else simulator.estimate_seconds(self.problem, self.direction)
 
 
 KEY = ("variant", "direction", "input", "B", "H", "N", "d", "dtype", "causal", "Br", "Bc", "seed")
@@ -137,7 +137,7 @@ def measure(point: Point) -> dict:
     except OutOfMemory:
         return row | {"infeasible": "does not fit in the GPU's memory"}
     row |= {
-        "gate": "passed" if verdict.passed else "failed",
+        "gate": "passed" if verdict.passed else f"failed: {verdict.why}",
         "max_error": _finite(verdict.max_error),
         "error_ratio": _finite(verdict.ratio),
     }
@@ -230,9 +230,9 @@ def run(experiment: Experiment, out: Path, fresh: bool, force: bool, options: di
     rows = [rows[id(p)] for p in points]
     log.finish(rows)
     report(experiment, rows, out)
-    failed = [row for row in rows if row["gate"] == "failed"]
+    failed = [row for row in rows if row["gate"] not in ("passed", None)]
     for row in failed:
-        click.echo(f"FAILED the gate: {row['variant']} N={row['N']} tile {row['Br']}x{row['Bc']}", err=True)
+        click.echo(f"{row['variant']} N={row['N']} tile {row['Br']}x{row['Bc']} {row['gate']}", err=True)
     return not failed
 
 
@@ -241,7 +241,9 @@ def report(experiment: Experiment, rows: list[dict], out: Path):
     click.echo("\n" + experiment.table(rows) + "\n")
     for reason in dict.fromkeys(row["no_counters"] for row in rows if row.get("no_counters")):
         click.echo(f"{reason}\n")
-    click.echo(experiment.answer(rows))
+    for line in experiment.answer(rows).splitlines():
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        click.echo(textwrap.fill(line, 118, subsequent_indent=indent))
     draft = out / f".{experiment.name}.{os.getpid()}.png"
     try:
         experiment.draw(rows).savefig(draft)

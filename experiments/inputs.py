@@ -41,7 +41,7 @@ def make(name: str, problem: Problem, seed: int) -> gate.Inputs:
     gauss    N(0, 1)
     """
     check(name, problem)
-    gaussian = gate.gaussian(problem, seed, target.device())
+    gaussian = gate.gaussian(problem, seed, target.torch_device())
     if name == "gauss":
         return gaussian
     q, k, v = (

@@ -24,12 +24,13 @@ from .common import Experiment, agrees, count, gigabytes, number, total
 FORWARD = ("fwd_v1", "fwd_v2_kv_outer", "fwd_v2_one_block", "fwd_v2")
 BACKWARD = ("bwd_v1", "bwd_v2", "bwd_v2_deterministic")
 
-ERRATUM = """\
-Erratum.  The article behind this project has the two orders the wrong way round: it puts Q outside in V1, and K/V
-outside in V2.  The papers say the reverse.  FlashAttention-1, Algorithm 1, lines 5-8: K/V outside, Q inside, and O, l,
-m go to HBM and back at every step.  FlashAttention-2, Algorithm 1 and section 3.2: Q outside ("instead of the other way
-round in the original").  Both backward passes keep K/V outside.  The benefits that the article lists, Q read once and
-fewer accesses, belong to Q outside."""
+ERRATUM = (
+    "Erratum.  The article behind this project has the two orders the wrong way round: it puts Q outside in V1 and K/V "
+    "outside in V2.  The papers say the reverse.  FlashAttention-1, Algorithm 1, lines 5-8: K/V outside, Q inside, and "
+    'O, l, m go to HBM and back at every step.  FlashAttention-2, Algorithm 1 and section 3.2: Q outside ("instead of '
+    'the other way round in the original").  Both backward passes keep K/V outside.  The benefits that the article '
+    "lists, Q read once and fewer accesses, belong to Q outside."
+)
 
 
 # ---- the points -----------------------------------------------------------------------------------------------------
@@ -141,17 +142,17 @@ def answer(rows: list[dict]) -> str:
 def because(facts: Facts) -> str:
     kv, q, row = facts["fwd_v2_kv_outer"], facts["fwd_v2_one_block"], facts.row
     fewer = facts.fewer("fwd_v2_kv_outer", "fwd_v2_one_block")
+    before, after = (formulas.traffic(x["variant"], facts.problem, Tile(row["Br"], row["Bc"])) for x in (kv, q))
+
+    def change(*arrays):
+        return " become ".join(number(sum(t.of(array) for array in arrays)) for t in (before, after))
+
     text = (
-        f"Why swap the loops?  At N={facts.N}, d={row['d']}, tile {row['Br']}x{row['Bc']}, putting Q outside takes a "
-        f"forward from {number(total(kv))} to {number(total(q))} global accesses, {_times(fewer, 'fewer', 'more')}, by the loop alone.\n"
-    )
-    a, b = (formulas.traffic(name, facts.problem, Tile(row["Br"], row["Bc"])) for name in (kv["variant"], q["variant"]))
-    carried = [sum(t.reads.get(x, 0) + t.writes.get(x, 0) for x in ("O", "l", "m")) for t in (a, b)]
-    streamed = [t.reads["K"] + t.reads["V"] for t in (a, b)]
-    text += (
-        f"O, l and m stay on chip ({number(carried[0])} accesses become {number(carried[1])}) and Q is read once ({number(a.reads['Q'])} "
-        f"become {number(b.reads['Q'])});\nre-reading K and V for every row block ({number(streamed[0])} become {number(streamed[1])}) "
-        f"{'costs less than that' if fewer > 1 else 'costs more than that with this tile'}."
+        f"Why swap the loops?  At N={facts.N}, d={row['d']}, tile {row['Br']}x{row['Bc']}, with Q outside a forward "
+        f"takes {number(total(q))} global accesses instead of {number(total(kv))}: {_times(fewer, 'fewer', 'more')} "
+        f"by the loop alone.  O, l and m stay on chip ({change('O', 'l', 'm')}) and Q is read once ({change('Q')}); "
+        f"re-reading K and V for every row block ({change('K', 'V')}) costs "
+        f"{'less' if fewer > 1 else 'more, with this tile,'} than that."
     )
     if facts.timed:
         faster = facts.faster("fwd_v2_kv_outer", "fwd_v2_one_block")
@@ -161,10 +162,11 @@ def because(facts: Facts) -> str:
 
 def on_the_grid(facts: Facts) -> str:
     one, many = facts["fwd_v2_one_block"], facts["fwd_v2"]
-    same = total(one) == total(many)
-    text = f"The grid alone, {thread_blocks(one):,} thread blocks to {thread_blocks(many):,}, " + (
-        "moves the same elements" if same else f"takes accesses from {number(total(one))} to {number(total(many))}"
-    )
+    text = f"The grid alone, {_blocks(one, many)}, "
+    if total(one) == total(many):
+        text += "moves the same elements"
+    else:
+        text += f"takes accesses from {number(total(one))} to {number(total(many))}"
     if facts.timed:
         faster = facts.faster("fwd_v2_one_block", "fwd_v2")
         return text + f" and takes {_ms(one)} to {_ms(many)}: {_times(faster, 'faster', 'slower')}."
@@ -174,8 +176,8 @@ def on_the_grid(facts: Facts) -> str:
 def backward(facts: Facts) -> str:
     v1, v2, twice = (facts[name] for name in BACKWARD)
     text = (
-        f"Backward, K/V outside in both: {number(total(v1))} accesses (v1), {number(total(v2))} (v2, dQ by atomic adds), "
-        f"{number(total(twice))} (v2, deterministic)"
+        f"Backward, K/V outside in both: {number(total(v1))} accesses (v1), {number(total(v2))} (v2, dQ by atomic "
+        f"adds), {number(total(twice))} (v2, deterministic)"
     )
     if all(row["seconds"] for row in (v1, v2, twice)):
         text += f"; {_ms(v1)}, {_ms(v2)}, {_ms(twice)}"
@@ -192,72 +194,76 @@ def claim_3(facts: Facts):
     """v1 cuts HBM accesses, not FLOPs; the saving is what makes it fast."""
     v1, floor = facts["fwd_v1"], formulas.standard(facts.problem).total
     fewer = floor / total(v1)
-    why = f"fwd_v1 takes {number(total(v1))} accesses, standard attention at least {number(floor)}: {_times(fewer, 'fewer', 'more')}"
+    why = f"fwd_v1 takes {number(total(v1))} accesses, {_times(fewer, 'fewer', 'more')} than standard attention's floor"
     std = facts.rows.get((standard.NAME, "fwd"))
     if std and std["dram_bytes"] and v1["dram_bytes"]:
         fewer = std["dram_bytes"] / v1["dram_bytes"]
-        why += f"; DRAM moved {gigabytes(std['dram_bytes'])} against {gigabytes(v1['dram_bytes'])}"
+        why += f"; DRAM moved {gigabytes(v1['dram_bytes'])}, against {gigabytes(std['dram_bytes'])}"
     if not std or not std["seconds"] or not v1["seconds"]:
-        why += "; whether that makes it fast needs a GPU" if not facts.timed else "; standard attention did not run"
+        why += "; whether that makes it fast is not measurable here"
         return 3, "holds in part" if fewer > 1 else "does not hold with this tile", why
     faster = std["seconds"] / v1["seconds"]
-    why += f"; {_ms(std)} against {_ms(v1)}, {_times(faster, 'faster', 'slower')}"
+    why += f"; {_ms(v1)} against {_ms(std)}, {_times(faster, 'faster', 'slower')}"
     return 3, _verdict(fewer > 1, faster > 1), why
 
 
 def claim_6(facts: Facts):
     """v1 fuses Q K^T, softmax and P V into one kernel."""
-    heads, v1 = facts.row["B"] * facts.row["H"], facts["fwd_v1"]
-    S = 4 * heads * facts.N**2
+    v1, S = facts["fwd_v1"], 4 * facts.row["B"] * facts.row["H"] * facts.N**2
+    saved = f"three kernels would pass S and P on in {number(S)} accesses"
     if v1["reads_total"] is None:
-        return 6, "holds", f"one launch passes the gate without the {number(S)} accesses to S and P of three kernels"
-    named = sum(
-        v1[f"{way}_{x}"] for way, arrays in (("reads", common.READ), ("writes", common.WRITTEN)) for x in arrays
-    )
-    whole = named == v1["reads_total"] + v1["writes_total"]
-    why = f"one launch, and all it touches is Q, K, V, O, l, m, LSE; three kernels would pass S and P on, {number(S)} accesses"
-    return 6, "holds" if whole and v1["gate"] == "passed" else "does not hold", why
+        return 6, "holds", f"one launch passes the gate, and is given no room for S and P; {saved}"
+    known = ("Q", "K", "V", "O", "l", "m", "LSE")
+    touched = sum(v1.get(f"{way}_{array}", 0) for way in ("reads", "writes") for array in known)
+    holds = touched == total(v1) and v1["gate"] == "passed"
+    return 6, "holds" if holds else "does not hold", f"one launch, and all it touches is {', '.join(known)}; {saved}"
 
 
 def claim_7(facts: Facts):
     """v2 swaps the loops; Q is then read once and traffic falls."""
     kv, q = facts["fwd_v2_kv_outer"], facts["fwd_v2_one_block"]
-    once = facts.row["B"] * facts.row["H"] * facts.N * facts.row["d"]
     fewer = facts.fewer("fwd_v2_kv_outer", "fwd_v2_one_block")
+    once = facts.row["B"] * facts.row["H"] * facts.N * facts.row["d"]
     if q["reads_Q"] is not None:
-        why = f"with Q outside Q is read {q['reads_Q'] / once:g} times, with K/V outside {kv['reads_Q'] / once:g} times"
+        why = f"Q is read {_often(q['reads_Q'] / once)} with Q outside, {_often(kv['reads_Q'] / once)} with K/V outside"
     else:
-        why = "by the formula, equal to the counts on the simulator, Q is read once"
-    why += f"; accesses {number(total(kv))} to {number(total(q))}, {_times(fewer, 'fewer', 'more')}"
-    falls = fewer > 1
+        why = "Q is read once, by the formula that the simulator's counts equal"
+    why += f"; accesses are {_times(fewer, 'fewer', 'more')}"
+    falls = [fewer > 1]
     for name, field in (("L2", "l2_bytes"), ("DRAM", "dram_bytes")):
         if kv[field] and q[field]:
-            why += f"; {name} {gigabytes(kv[field])} to {gigabytes(q[field])}"
-            falls = falls and (name == "DRAM" or q[field] < kv[field])
-    return 7, _verdict(q["reads_Q"] in (None, once), falls), why + " (the article names the orders the wrong way round)"
+            why += f"; {name} moved {gigabytes(q[field])}, against {gigabytes(kv[field])}"
+            falls.append(q[field] < kv[field])
+    verdict = _verdict(q["reads_Q"] in (None, once), *falls)
+    return 7, verdict, why + " (of the papers' orders: the article swaps their names)"
 
 
 def claim_8(facts: Facts):
     """v2 divides work better among thread blocks and warps."""
     one, many = facts["fwd_v2_one_block"], facts["fwd_v2"]
-    why = f"{thread_blocks(one):,} thread blocks become {thread_blocks(many):,}, with the same accesses"
     if not facts.timed:
-        return 8, "not measurable here", why + "; the simulator has no time"
+        return 8, "not measurable here", f"{_blocks(one, many)}, but the simulator has no time"
     faster = facts.faster("fwd_v2_one_block", "fwd_v2")
     verdict = "holds for thread blocks" if faster > 1.05 else "does not show"
-    return (
-        8,
-        verdict,
-        f"{why}, {_ms(one)} become {_ms(many)}, {_times(faster, 'faster', 'slower')}; warps: not asked here",
-    )
+    time = f"{_ms(one)} become {_ms(many)}, {_times(faster, 'faster', 'slower')}"
+    return 8, verdict, f"{_blocks(one, many)}, {time}; warps: not asked here"
 
 
-def _verdict(*halves: bool) -> str:
-    return "holds" if all(halves) else "holds in part" if any(halves) else "does not hold"
+def _verdict(*parts: bool) -> str:
+    return "holds" if all(parts) else "holds in part" if any(parts) else "does not hold"
 
 
 def _times(ratio: float, over: str, under: str) -> str:
     return f"{ratio:.3g} times {over}" if ratio >= 1 else f"{1 / ratio:.3g} times {under}"
+
+
+def _often(n: float) -> str:
+    return "once" if n == 1 else f"{n:.3g} times"
+
+
+def _blocks(one: dict, many: dict) -> str:
+    n = thread_blocks(one)
+    return f"{n:,} thread block{'s' * (n != 1)} become{'s' * (n == 1)} {thread_blocks(many):,}"
 
 
 def _ms(row: dict) -> str:
@@ -338,7 +344,7 @@ def draw(rows: list[dict]):
     _bars(axes(5.1, 0.47, 5.0 if facts.timed else 6.7, 0.335), facts, "fwd")
     _bars(axes(5.1, 0.09, 5.0 if facts.timed else 6.7, 0.26), facts, "bwd")
     how = "as counted; outlined: the formula" if facts.row["reads_total"] is not None else "by the formula"
-    key = f"filled: read, hatched: written, {how}.  Beside: all together, and against v2."
+    key = f"filled: read, hatched: written, {how}; yellow: l, m, LSE, D; orange: dK, dV; ×: of v2"
     figure.text(5.1 / width, 0.012, key, fontsize=9.5, color=picture.GREY)
     if facts.timed:
         _speed(axes(10.65, 0.47, 2.1, 0.335), rows, "fwd")
@@ -386,73 +392,56 @@ INKS = {picture.SKY: "#1f7fb8", picture.BLUE: picture.BLUE, picture.VERMILION: "
 def _bars(axes, facts: Facts, direction: str):
     """Accesses by array: filled as counted, or else as the formula says; outlined by the formula."""
     names = [name for name in (FORWARD if direction == "fwd" else BACKWARD) if facts.has(name)]
-    tile = Tile(facts.row["Br"], facts.row["Bc"])
-    bars = [(formulas.standard(facts.problem, direction), None)]
+    tile, v2 = Tile(facts.row["Br"], facts.row["Bc"]), total(facts[f"{direction}_v2"])
+    bars = [(formulas.standard(facts.problem, direction), facts.rows.get((standard.NAME, direction)))]
     bars += [(formulas.traffic(name, facts.problem, tile), facts[name]) for name in names]
     widest = max(formula.total for formula, _ in bars)
     span = (1.22 if facts.row["dram_bytes"] is None else 1.3) * widest
+    axes.set(xlim=(0, span), ylim=(len(bars) - 0.5, -0.5))
     for y, (formula, row) in enumerate(bars):
         left = 0
-        for way in ("reads", "writes"):
-            for group, (members, color) in picture.GROUPS.items():
-                width = sum(getattr(formula, way).get(array, 0) for array in members)
-                counts = (
-                    [row.get(f"{way}_{array}") or 0 for array in members] if row and row["reads_total"] else [width]
-                )
-                _segment(axes, y, left, sum(counts), width, color, way == "writes", row is None)
-                if width > 0.045 * widest:
-                    axes.text(
-                        left + width / 2, y, group, ha="center", va="center", fontsize=9, color=picture.ink_on(color)
-                    )
-                left += width
-        _beside(axes, y, left, total(row) if row else formula.total, row, total(facts[direction + "_v2"]))
+        for group, color, written, width, filled in _segments(formula, row):
+            look = {"hatch": "////" if written else None, "alpha": 0.45 if y == 0 else 1}
+            edge = {"linestyle": ":" if y == 0 else "-", "edgecolor": picture.INK, "linewidth": 0.9}
+            axes.barh(y, filled, 0.66, left, color=color, edgecolor="white", linewidth=0, **look)
+            axes.barh(y, width, 0.66, left, color="none", **edge)
+            picture.name_inside(axes, left, width, y, group, color, span, faint=y == 0)
+            left += width
+        words = f" {count(formula.total)}, × {formula.total / v2:.2f}"
+        if row and row["dram_bytes"]:
+            words += f"\n DRAM {gigabytes(row['dram_bytes'])}, L2 {gigabytes(row['l2_bytes'])}"
+        axes.text(left, y, words, va="center", fontsize=9.5)
     axes.set_yticks(range(len(bars)), ["standard, unfused:\nat least", *names], color=picture.INK)
-    axes.set(xlim=(0, span), ylim=(len(bars) - 0.5, -0.5))
     axes.xaxis.set_major_formatter(lambda x, _: count(x).replace(".0", ""))
     axes.xaxis.set_major_locator(picture.few_ticks())
     axes.grid(axis="x")
     axes.tick_params(length=0)
     axes.tick_params(axis="x", labelsize=9.5)
     if direction == "fwd" and facts.row["dram_bytes"] is None:
-        loop = facts.fewer("fwd_v2_kv_outer", "fwd_v2_one_block")
-        _difference(axes, 2, 3, widest, f"the loop alone:\n{_times(loop, 'fewer', 'more')}")
-        _difference(
-            axes,
-            3,
-            4,
-            widest,
-            "the grid alone:\n" + ("the same" if facts.fewer("fwd_v2_one_block", "fwd_v2") == 1 else "not the same"),
-        )
+        for y, step, (before, after) in ((2, "loop", CONTROLS), (3, "grid", (CONTROLS[1], "fwd_v2"))):
+            fewer = facts.fewer(before, after)
+            words = "no fewer" if fewer == 1 else _times(fewer, "fewer", "more")
+            _bracket(axes, 0.93 * widest, y, f"the {step} alone:\n{words}")
     axes.set_title(f"{'Forward' if direction == 'fwd' else 'Backward'}: global accesses, in elements, N={facts.N}")
 
 
-def _segment(axes, y, left, counted, formula, color, written, faint):
-    hatch = "////" if written else None
-    axes.barh(
-        y, counted, 0.66, left, color=color, hatch=hatch, edgecolor="white", linewidth=0, alpha=0.45 if faint else 1
-    )
-    if formula:
-        edge = {"linestyle": ":" if faint else "-", "edgecolor": picture.INK, "linewidth": 0.9}
-        axes.barh(y, formula, 0.66, left, color="none", **edge)
+def _segments(formula, row):
+    """(group of arrays, its colour, written or read, elements by the formula, elements counted) of one bar."""
+    for way in ("reads", "writes"):
+        for group, (arrays, color) in picture.GROUPS.items():
+            width = sum(getattr(formula, way).get(array, 0) for array in arrays)
+            counted = width
+            if row and row["reads_total"] is not None:
+                counted = sum(row.get(f"{way}_{array}", 0) for array in arrays)
+            if width or counted:
+                yield group, color, way == "writes", width, counted
 
 
-def _difference(axes, above, below, widest, words):
-    """A bracket between two bars that differ in one thing."""
-    x = 0.93 * widest
-    axes.plot(
-        [x, x + 0.012 * widest, x + 0.012 * widest, x],
-        [above + 0.06, above + 0.06, below - 0.06, below - 0.06],
-        color=picture.GREY,
-        linewidth=1.2,
-    )
-    axes.text(x + 0.03 * widest, (above + below) / 2, words, va="center", fontsize=9.5, color=picture.GREY)
-
-
-def _beside(axes, y, left, accesses, row, reference):
-    words = f" {count(accesses)}, × {accesses / reference:.2f}"
-    if row and row["dram_bytes"]:
-        words += f"\n DRAM {gigabytes(row['dram_bytes'])}, L2 {gigabytes(row['l2_bytes'])}"
-    axes.text(left, y, words, va="center", fontsize=9.5)
+def _bracket(axes, x, y, words):
+    """From bar y to the next one: what they differ in."""
+    tick, far = 0.013 * x, (y + 0.06, y + 0.94)
+    axes.plot([x, x + tick, x + tick, x], [far[0], *far, far[1]], color=picture.GREY, linewidth=1.2)
+    axes.text(x + 2.5 * tick, y + 0.5, words, va="center", fontsize=9.5, color=picture.GREY)
 
 
 def _speed(axes, rows: list[dict], direction: str):

@@ -140,8 +140,9 @@ def problem_of(q, k, v, *, causal=False, align="bottom_right", window=(-1, -1), 
         try:
             mask.expand(B, H, N_q, N_k)
         except RuntimeError:
+            scores = (B, H, N_q, N_k)
             raise ValueError(
-                f"mask has shape {tuple(mask.shape)}: expected one broadcastable to (B, H, N_q, N_k) = {(B, H, N_q, N_k)}"
+                f"mask has shape {tuple(mask.shape)}: expected one broadcastable to (B, H, N_q, N_k) = {scores}"
             ) from None
     return Problem(
         B, H, H_kv, N_q, N_k, d, NAMES[q.dtype], scale,

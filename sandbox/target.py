@@ -1,6 +1,6 @@
 """GPU or simulator: decided once, when sandbox is imported, before anything imports numba.
 
-``SANDBOX_TARGET`` forces it: ``gpu``, ``simulator``, or ``compile`` (compiles for sm_90a with no GPU, launches nothing).
+``SANDBOX_TARGET`` forces it: ``gpu``, ``simulator``, or ``compile`` (for sm_90a, with no GPU; launches nothing).
 """
 
 from __future__ import annotations

@@ -34,14 +34,19 @@ class Threads:
     Br: int
     Bc: int
     d: int
+    overhead: int
 
     @classmethod
-    def of(cls, tile: Tile, d: int, device: Device, direction: str = "fwd") -> Threads:
-        """16 lanes a row on a GPU, with enough rows of threads that a thread's tiles stay in registers."""
+    def of(cls, tile: Tile, d: int, device: Device, direction: str = "fwd", overhead: int = 100) -> Threads:
+        """16 lanes a row on a GPU, with the fewest rows of threads that keep a thread's tiles in registers.
+
+        overhead: registers that the kernel needs beside its tiles (addresses, operands in flight), as ptxas reports.
+        """
         if device.simulated:
-            return cls(4, 4, tile.Br, tile.Bc, d)
-        choices = (cls(TY, 16, tile.Br, tile.Bc, d) for TY in (8, 16, 32))
-        return next((t for t in choices if t.accumulators(direction) <= ACCUMULATORS), cls(32, 16, tile.Br, tile.Bc, d))
+            return cls(4, 4, tile.Br, tile.Bc, d, 0)
+        choices = [cls(TY, 16, tile.Br, tile.Bc, d, overhead) for TY in (8, 16, 32)]
+        fits = [t for t in choices if t.registers(direction) <= t.most_registers(device)]
+        return next((t for t in fits if t.accumulators(direction) <= ACCUMULATORS), (fits or choices)[-1])
 
     @property
     def count(self) -> int:
@@ -85,18 +90,24 @@ class Threads:
         S, O = self.RA * self.RB, self.RA * self.RD
         return S + O if direction == "fwd" else 2 * S + O + 2 * self.RC * self.RD
 
+    def registers(self, direction: str) -> int:
+        """Registers that a thread is expected to need."""
+        return self.accumulators(direction) + self.overhead
+
+    def most_registers(self, device: Device) -> int:
+        """Registers that a thread of a block this large may have."""
+        return min(device.registers, 65_536 // self.count)
+
     def check(self, tile: Tile, shared_bytes: int, device: Device, direction: str) -> None:
         """Raises Infeasible where shared memory or registers do not suffice."""
         if shared_bytes > device.shared:
             raise Infeasible(tile, f"needs {shared_bytes:,} B of shared memory, a block has {device.shared:,} B")
-        if device.simulated:
-            return
-        if (n := self.accumulators(direction)) > MAX_ACCUMULATORS:
-            raise Infeasible(tile, f"needs {n} accumulators a thread, {MAX_ACCUMULATORS} of {device.registers} fit")
+        need, most = self.registers(direction), self.most_registers(device)
+        if not device.simulated and need > most:
+            raise Infeasible(tile, f"needs about {need} registers a thread, one of {self.count} has {most}")
 
 
-ACCUMULATORS = 96  # a thread's tiles, beside its addresses and operands; more rows of threads where it would be more
-MAX_ACCUMULATORS = 128
+ACCUMULATORS = 96  # what a thread's tiles take at most, where more rows of threads can bring it down
 
 
 class Shared:

@@ -13,7 +13,7 @@ from ..variant import Variant
 
 
 def layout(problem, tile, device):
-    t = Threads.of(tile, problem.d, device, "bwd")
+    t = Threads.of(tile, problem.d, device, "bwd", overhead=60)
     rows, keys, columns = t.Br_padded, t.Bc_padded, t.d_padded
     return t, Shared(
         sQ=(rows, columns), sdO=(rows, columns), sK=(keys, columns), sV=(keys, columns),

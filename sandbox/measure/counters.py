@@ -116,7 +116,7 @@ def _launch(name: str, direction: str, problem: Problem, tile: Tile, seed: int):
     from . import gate, standard
 
     device = target.device()
-    inputs = gate.gaussian(problem, seed, device)
+    inputs = gate.gaussian(problem, seed, target.torch_device())
     if name == standard.NAME:
         return standard.launcher(problem, inputs, direction)
     verdict = gate.check(catalog.find(name), problem, tile, inputs, device)

@@ -28,6 +28,10 @@ class Traffic:
     def total(self) -> int:
         return self.total_reads + self.total_writes
 
+    def of(self, array: str) -> int:
+        """Reads and writes of one array."""
+        return self.reads.get(array, 0) + self.writes.get(array, 0)
+
     @property
     def bytes(self) -> int:
         return self.read_bytes + self.write_bytes

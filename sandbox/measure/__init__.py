@@ -1,0 +1,1 @@
+"""Gate first, then traffic, time and hardware counters.  [floor 3]"""

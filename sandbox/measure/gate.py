@@ -1,0 +1,184 @@
+"""The gate: a kernel's result against the float64 oracle, within an error that is derived, never picked.  [floor 3]
+
+E is the oracle's low-precision twin, the eager computation in the inputs' dtype; u a dtype's unit roundoff.
+
+fp16, bf16  max|O - O*| <= 2 max|E - O*| + u max|O*|, and the same for each gradient
+fp32        |O - O*| <= 2 max|E - O*| + 4u·(…) elementwise, and so for each gradient; reference.py derives the terms
+LSE         float32 whatever the dtype: the fp32 rule
+
+Outputs are poisoned with NaN before the launch, inputs must be the same bits after it.  What the oracle gives for
+non-finite inputs (NaN, Inf) the kernel must give too; E is then taken where it is finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from .. import reference
+from ..problem import Problem
+from ..variant import Device, Tile, Variant
+from .traffic import Traffic
+
+UNIT = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+TINY = {"fp32": 2.0**-126, "fp16": 2.0**-24, "bf16": 2.0**-126}  # below it no bound is relative
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, dO [B, N_q, H, d]; k, v [B, N_k, H_kv, d]; mask broadcastable to (B, H, N_q, N_k), True = seen, or None."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None = None
+    dO: torch.Tensor | None = None
+
+    def named(self) -> dict[str, torch.Tensor]:
+        return {name: x for name, x in vars(self).items() if x is not None}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """passed   whether every output is within its allowance and no input changed
+    max_error  the largest |output - oracle| over all outputs
+    ratio      the largest error ÷ allowance; at most 1 where passed
+    why        what failed, in a line; empty where passed
+    traffic    global accesses of this very launch, counted; None on a GPU
+    launch     runs the kernel again on the same tensors, for timing
+    """
+
+    passed: bool
+    max_error: float
+    ratio: float
+    why: str
+    traffic: Traffic | None
+    launch: Callable[[], None]
+
+
+def gaussian(problem: Problem, seed: int, device: torch.device | str = "cpu") -> Inputs:
+    """N(0, 1) in the problem's dtype, the same numbers on every device; a boolean mask sees half of the pairs."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(n, heads):
+        return torch.randn(problem.B, n, heads, problem.d, generator=g).to(problem.torch_dtype).to(device)
+
+    q, k, v, dO = (
+        draw(problem.N_q, problem.H), draw(problem.N_k, problem.H_kv), draw(problem.N_k, problem.H_kv),
+        draw(problem.N_q, problem.H),
+    )  # fmt: skip
+    mask = None
+    if problem.mask.boolean:
+        mask = (torch.rand(problem.B, problem.H, problem.N_q, problem.N_k, generator=g) < 0.5).to(device)
+    return Inputs(q, k, v, mask, dO)
+
+
+def check(variant: Variant, problem: Problem, tile: Tile, inputs: Inputs, device: Device) -> Verdict:
+    """Runs the variant once and judges it.  A backward gets O and LSE from the oracle, so that it is judged alone.
+
+    Raises Infeasible where the tile does not fit.
+    """
+    launcher = variant.launcher(problem, tile, device)
+    q, k, v, mask, dO = inputs.q, inputs.k, inputs.v, inputs.mask, inputs.dO
+    seen = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask
+    seen = seen.expand(problem.B, problem.H, *((1, 1) if mask is None else (problem.N_q, problem.N_k)))
+    O_star, LSE_star = reference.forward(problem, q, k, v, mask)
+    if variant.direction == "fwd":
+        outputs = {"O": poisoned(q), "LSE": torch.full_like(LSE_star, torch.nan, dtype=torch.float32)}
+        given = {}
+    else:
+        outputs = {"dQ": poisoned(q), "dK": poisoned(k), "dV": poisoned(v)}
+        given = {"O": O_star.to(q.dtype), "LSE": LSE_star.float(), "dO": dO}
+
+    def launch():
+        launcher(problem, q, k, v, seen, *given.values(), *outputs.values())
+
+    before = {name: x.clone() for name, x in {**inputs.named(), **given}.items()}
+    with _counting(device) as counted:
+        launch()
+    changed = [name for name, x in {**inputs.named(), **given}.items() if not _same_bits(x, before[name])]
+
+    judged = [
+        (name, *_judge(outputs[name], star, allowed))
+        for name, (star, allowed) in _allowances(problem, inputs, O_star, LSE_star, variant.direction).items()
+    ]
+    why = [f"input {name} was changed" for name in changed]
+    why += [
+        f"{name} is off by {error:.3g}, {ratio:.3g} x what is allowed" for name, error, ratio in judged if ratio > 1
+    ]
+    return Verdict(
+        passed=not why,
+        max_error=max((error for _, error, _ in judged), default=0.0),
+        ratio=max((ratio for _, _, ratio in judged), default=0.0),
+        why="; ".join(why),
+        traffic=_traffic(counted),
+        launch=launch,
+    )
+
+
+def poisoned(like: torch.Tensor) -> torch.Tensor:
+    """NaN, in like's shape and dtype, contiguous."""
+    return torch.full(like.shape, torch.nan, dtype=like.dtype, device=like.device)
+
+
+def _allowances(problem, inputs, O_star, LSE_star, direction):
+    """output -> (oracle, allowed absolute error)."""
+    q, k, v, mask, dO = inputs.q, inputs.k, inputs.v, inputs.mask, inputs.dO
+    single = problem.dtype == "fp32"
+    if direction == "fwd":
+        E = reference.twin_forward(problem, q, k, v, mask)
+        terms = reference.fp32_allowance_forward(problem, q, k, v, mask) if single else None
+        lse = _allowed("fp32", LSE_star, reference.twin_lse(problem, q, k, mask),
+                       reference.fp32_allowance_lse(problem, q, k, mask))  # fmt: skip
+        return {"O": (O_star, _allowed(problem.dtype, O_star, E, terms)), "LSE": (LSE_star, lse)}
+    stars = reference.backward(problem, q, k, v, dO, mask)
+    twins = reference.twin_backward(problem, q, k, v, dO, mask)
+    terms = reference.fp32_allowance_backward(problem, q, k, v, dO, mask) if single else [None] * 3
+    return {
+        name: (star, _allowed(problem.dtype, star, E, term))
+        for name, star, E, term in zip(("dQ", "dK", "dV"), stars, twins, terms)
+    }
+
+
+def _allowed(dtype, star, E, terms):
+    """The gate's right-hand side, a tensor that broadcasts to star."""
+    error = (E.double() - star).abs()
+    twin = error[error.isfinite()].max() if error.isfinite().any() else star.new_zeros(())
+    if terms is None:
+        finite = star[star.isfinite()]
+        terms = UNIT[dtype] * finite.abs().max() if finite.numel() else star.new_zeros(())
+    return 2 * twin + terms.nan_to_num(0) + TINY[dtype]
+
+
+def _judge(output, star, allowed) -> tuple[float, float]:
+    """(largest error, largest error ÷ allowance); both inf where one side is not finite and the other differs."""
+    if star.numel() == 0:
+        return 0.0, 0.0
+    out = output.double()
+    same = (out == star) | (out.isnan() & star.isnan())
+    rounded = star.to(output.dtype).double()
+    same |= rounded.isinf() & (out == rounded)  # an output may overflow its dtype where the oracle, rounded, does
+    error = torch.where(same, 0.0, (out - star).abs()).nan_to_num(torch.inf)
+    return float(error.max()), float((error / allowed).max())
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+
+
+def _counting(device: Device):
+    if not device.simulated:
+        return nullcontext()
+    from ..device.simulator import counting
+
+    return counting()
+
+
+def _traffic(counted) -> Traffic | None:
+    if counted is None:
+        return None
+    return Traffic(dict(counted.reads), dict(counted.writes), counted.read_bytes, counted.write_bytes)
