@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ class Launch:
             from . import simulator
 
             simulator.launch(self.function, self.names, grid, self.threads, [_host(a) for a in args], self.warp)
+        elif _compiling:
+            _compiling[-1].append((self, self.compiled(*args).report))
         else:
             self.compiled(*args).launch(grid, self.threads, self.shared, args)
 
@@ -44,6 +47,25 @@ class Launch:
         if key not in self._compiled:
             self._compiled[key] = compile.kernel(self.function, key[0], self.threads)
         return self._compiled[key]
+
+
+_compiling: list[list] = []
+
+
+@contextmanager
+def compiling():
+    """Launches made inside compile their kernels and go no further: ``with compiling() as done: launch(...)``.
+
+    Gives each launch with ptxas's report.  Needs no GPU (SANDBOX_TARGET=compile), and tensors may be on device "meta".
+    """
+    if SIMULATED:
+        raise RuntimeError("the simulator compiles nothing: set SANDBOX_TARGET=compile")
+    done: list[tuple[Launch, object]] = []
+    _compiling.append(done)
+    try:
+        yield done
+    finally:
+        _compiling.pop()
 
 
 def scratch(*shape: int, like: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,14 @@ what a GPU lets pass or only sometimes punishes:
 * an index out of bounds (no wrap-around), and a read of shared memory that nothing wrote;
 * every global load and store, counted per array.
 
-The warp is as wide as a launch says: a kernel that is right with narrow warps is right with 32 lanes.
+Only as many lanes as a launch says hand data to each other within a warp, while all 32 must meet: a kernel that is
+right with narrow warps is right with wide ones.
 This module is the only one that touches the simulator's internals.
 """
 
 from __future__ import annotations
 
+import contextvars
 import sys
 import threading
 from collections import Counter
@@ -25,7 +27,16 @@ import numpy as np
 
 _lock = threading.RLock()
 _device_globals: dict[int, dict] = {}  # the modules of device functions, where `cuda` is swapped during a launch
-_traffic: list[Traffic] = []
+
+
+class _Counting(threading.local):
+    """The `counting()` blocks that a Python thread is inside of."""
+
+    def __init__(self):
+        self.blocks: list[Traffic] = []
+
+
+_counting = _Counting()
 
 
 class SimulatorError(RuntimeError):
@@ -59,25 +70,30 @@ class Traffic:
 
 @contextmanager
 def counting():
-    """Counts every launch made inside: ``with counting() as traffic: launch(...)``."""
+    """Counts every launch that this Python thread makes inside: ``with counting() as traffic: launch(...)``."""
     traffic = Traffic()
-    _traffic.append(traffic)
+    _counting.blocks.append(traffic)
     try:
         yield traffic
     finally:
-        _traffic.remove(traffic)
+        _counting.blocks.remove(traffic)
 
 
 class Stamp:
-    """When and by whom: one thread between two of its barriers."""
+    """When and by whom: one thread between two of its barriers, or several threads that no barrier orders.
 
-    __slots__ = ("thread", "warp", "block", "epoch", "warp_epoch")
+    warp is -1 for threads of several warps, block -1 for those of several blocks.
+    lanes, block_mates: the stamps that stand for this thread together with others of its warp, or of its block.
+    """
 
-    def __init__(self, thread, warp, block, epoch, warp_epoch):
+    __slots__ = ("thread", "warp", "block", "epoch", "warp_epoch", "lanes", "block_mates")
+
+    def __init__(self, thread, warp, block, epoch, warp_epoch, lanes=None, block_mates=None):
         self.thread, self.warp, self.block, self.epoch, self.warp_epoch = thread, warp, block, epoch, warp_epoch
+        self.lanes, self.block_mates = lanes, block_mates
 
     def before(self, other: Stamp) -> bool:
-        """Whether a barrier orders this access before the other, or the same thread made both."""
+        """Whether a barrier orders this access before that of another thread, or the same thread made both."""
         if self.block != other.block:
             return False
         if self.epoch < other.epoch:
@@ -86,15 +102,26 @@ class Stamp:
             return False
         return self.warp_epoch < other.warp_epoch or self.thread == other.thread
 
+    def joining(self, past: Stamp | None) -> Stamp:
+        """Whom to remember when this thread makes an access that no other need be ordered with."""
+        if past is None or past.before(self):
+            return self
+        if past.block != self.block:
+            return _ANYONE
+        return self.lanes if past.warp == self.warp else self.block_mates
+
     def __str__(self):
-        return f"thread {self.thread} of block {self.block}"
+        if self.thread >= 0:
+            return f"thread {self.thread} of block {self.block}"
+        return f"several threads of block {self.block}" if self.block >= 0 else "threads of several blocks"
 
 
-_now = Stamp(0, 0, -1, 0, 0)  # the stamp of the thread that is running
+_ANYONE = Stamp(-1, -1, -1, 0, 0)
+_now = Stamp(0, 0, -2, 0, 0)  # the stamp of the thread that is running
 
 
 class Tally:
-    """How often an array was read and written."""
+    """How often a kernel argument was read and written, through all of its views."""
 
     __slots__ = ("reads", "writes")
 
@@ -103,45 +130,29 @@ class Tally:
 
 
 class Tracked:
-    """An array whose every element remembers its last write and its reads since; bounds are checked."""
+    """An array whose every element remembers who wrote it last and who read it since; bounds are checked.
 
-    __slots__ = ("name", "shape", "strides", "dtype", "writer", "readers", "tally")
+    Two threads that touch one element, one of them writing, must have a barrier between them, whichever ran first.
+    """
+
+    __slots__ = ("name", "shape", "strides", "dtype", "writer", "readers")
 
     def _flat(self, index):
-        if len(self.shape) == 1:
-            index = index if isinstance(index, tuple) else (index,)
-        flat = 0
         if len(index) != len(self.shape):
             raise OutOfBounds(f"{self.name}{list(index)}: {len(self.shape)} indices expected")
+        flat = 0
         for i, n, stride in zip(index, self.shape, self.strides):
             if not 0 <= i < n:
-                raise OutOfBounds(f"{self.name}{[int(i) for i in index]} is outside {list(self.shape)} ({_now})")
+                raise self._outside(index)
             flat += i * stride
         return int(flat)
 
-    def _on_read(self, flat, index):
-        self.tally.reads += 1
-        w = self.writer.get(flat)
-        if w is not None and w is not _now and not (w.epoch < _now.epoch and w.block == _now.block):
-            if not w.before(_now):
-                raise Race(f"{self.name}{list(index)}: read by {_now}, written by {w}, no barrier between")
-        r = self.readers.get(flat)
-        if r is not _now:
-            if r is None or r.epoch < _now.epoch and r.block == _now.block:
-                self.readers[flat] = _now
-            elif r.thread != _now.thread or r.block != _now.block:  # several readers: thread -1 is like no one
-                warp = r.warp if r.warp == _now.warp and r.block == _now.block else -1
-                block = r.block if r.block == _now.block else -1
-                self.readers[flat] = Stamp(-1, warp, block, _now.epoch, _now.warp_epoch)
-            else:
-                self.readers[flat] = _now
+    def _outside(self, index):
+        place = [i if isinstance(i, slice) else int(i) for i in index]
+        return OutOfBounds(f"{self.name}{place} is outside {list(self.shape)} ({_now})")
 
-    def _on_write(self, flat, index):
-        self.tally.writes += 1
-        for verb, past in (("written", self.writer.get(flat)), ("read", self.readers.get(flat))):
-            if past is not None and past is not _now and not past.before(_now):
-                raise Race(f"{self.name}{list(index)}: written by {_now}, {verb} by {past}, no barrier between")
-        self.writer[flat] = _now
+    def _race(self, index, verb, verb_past, past):
+        return Race(f"{self.name}{list(_tuple(index))}: {verb} by {_now}, {verb_past} by {past}, no barrier between")
 
     @property
     def ndim(self):
@@ -151,62 +162,73 @@ class Tracked:
 class SharedArray(Tracked):
     """A shared-memory tile: C order, poisoned until written."""
 
-    __slots__ = ("data",)
+    __slots__ = ("data", "reads", "writes")
 
     def __init__(self, name, shape, dtype):
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.name, self.shape, self.dtype = name, shape, dtype
         self.strides = tuple(int(np.prod(shape[k + 1 :], dtype=int)) for k in range(len(shape)))
         size = int(np.prod(shape, dtype=int))
-        self.data, self.writer, self.readers = [None] * size, _Sparse(size), _Sparse(size)
-        self.tally = Tally()
+        self.data, self.writer, self.readers = [None] * size, [None] * size, [None] * size
+        self.reads = self.writes = 0
 
     def __getitem__(self, index):
-        # The hot path of every simulated product, hence two dimensions by hand.
-        if len(self.shape) == 2:
+        shape = self.shape
+        if len(shape) == 2:  # by hand: every multiply-add of a simulated product reads here
             i, j = index
-            n, ld = self.shape
-            if not (0 <= i < n and 0 <= j < ld):
-                raise OutOfBounds(f"{self.name}[{i}, {j}] is outside {list(self.shape)} ({_now})")
-            flat = i * ld + j
+            if not (0 <= i < shape[0] and 0 <= j < shape[1]):
+                raise self._outside(index)
+            flat = i * shape[1] + j
         else:
-            flat = self._flat(index)
-            index = index if isinstance(index, tuple) else (index,)
-        value = self.data[flat]
-        if value is None:
-            raise Uninitialised(f"{self.name}{list(index)}: read by {_now}, written by nobody")
-        self._on_read(flat, index)
-        return value
+            flat = self._flat(_tuple(index))
+        now, writer, readers = _now, self.writer[flat], self.readers[flat]
+        if writer is None:
+            raise Uninitialised(f"{self.name}{list(_tuple(index))}: read by {now}, written by nobody")
+        if writer.epoch == now.epoch and not writer.before(now):
+            raise self._race(index, "read", "written", writer)
+        if readers is not now and readers is not now.lanes and readers is not now.block_mates:
+            self.readers[flat] = now.joining(readers)
+        self.reads += 1
+        return self.data[flat]
 
     def __setitem__(self, index, value):
-        flat = self._flat(index)
-        self._on_write(flat, index if isinstance(index, tuple) else (index,))
+        flat = self._flat(_tuple(index))
+        now, writer, readers = _now, self.writer[flat], self.readers[flat]
+        if writer is not None and not writer.before(now):
+            raise self._race(index, "written", "written", writer)
+        if readers is not None and not readers.before(now):
+            raise self._race(index, "written", "read", readers)
+        self.writer[flat] = now
+        self.writes += 1
         self.data[flat] = self.dtype(value)
 
 
-class _Sparse(list):
-    """A list that answers like a dict; None is absent."""
+def _tuple(index):
+    return index if isinstance(index, tuple) else (index,)
 
-    def __init__(self, size):
-        super().__init__([None] * size)
 
-    get = list.__getitem__
+class _Accesses:
+    """Who touched global memory in this launch: address -> Stamp of its writer, its readers, its atomic adders."""
+
+    def __init__(self):
+        self.writer, self.readers, self.adders = {}, {}, {}
 
 
 class GlobalArray(Tracked):
     """A kernel argument: a strided view of a NumPy array, tracked and counted under its parameter's name.
 
-    Elements are known by their address, so views and expanded axes (stride 0) alias as they do in memory.
+    Elements are known by their address, so views, expanded axes (stride 0) and arguments that overlap alias as they
+    do in memory.
     """
 
-    __slots__ = ("array", "address", "atomics")
+    __slots__ = ("array", "address", "accesses", "adders", "tally")
 
-    def __init__(self, name, array):
+    def __init__(self, name, array, accesses, tally=None):
         self.name, self.array, self.dtype = name, array, array.dtype
         self.shape, self.strides = array.shape, array.strides
         self.address = array.__array_interface__["data"][0]
-        self.writer, self.readers, self.atomics = {}, {}, set()
-        self.tally = Tally()
+        self.accesses, self.tally = accesses, tally or Tally()
+        self.writer, self.readers, self.adders = accesses.writer, accesses.readers, accesses.adders
 
     def _flat(self, index):
         return self.address + super()._flat(index)
@@ -215,36 +237,46 @@ class GlobalArray(Tracked):
         """X[b, :, h]: integers and whole slices."""
         index += (slice(None),) * (len(self.shape) - len(index))
         for i, n in zip(index, self.shape):
-            if not isinstance(i, slice) and not 0 <= i < n:
-                raise OutOfBounds(f"{self.name}{list(index)} is outside {list(self.shape)} ({_now})")
-        view = GlobalArray(self.name, self.array[index])
-        view.writer, view.readers, view.atomics = self.writer, self.readers, self.atomics
-        view.tally = self.tally
-        return view
+            if isinstance(i, slice):
+                if i != slice(None):
+                    raise SimulatorError(f"{self.name}[{i}]: only whole slices (:) are simulated")
+            elif not 0 <= i < n:
+                raise self._outside(index)
+        return GlobalArray(self.name, self.array[index], self.accesses, self.tally)
 
     def __getitem__(self, index):
-        index = index if isinstance(index, tuple) else (index,)
-        if len(index) < len(self.shape) or any(isinstance(i, slice) for i in index):
+        index = _tuple(index)
+        if len(index) < len(self.shape) or slice in map(type, index):
             return self._view(index)
-        self._on_read(self._flat(index), index)
+        flat, now = self._flat(index), _now
+        for verb, who in (("written", self.writer), ("atomically added to", self.adders)):
+            past = who.get(flat) if who else None
+            if past is not None and not past.before(now):
+                raise self._race(index, "read", verb, past)
+        self.readers[flat] = now.joining(self.readers.get(flat))
+        self.tally.reads += 1
         return self.array[index]
 
     def __setitem__(self, index, value):
-        index = index if isinstance(index, tuple) else (index,)
+        index = _tuple(index)
         flat = self._flat(index)
-        if flat in self.atomics:
-            raise Race(f"{self.name}{list(index)}: plain write by {_now} beside atomic ones")
-        self._on_write(flat, index)
+        for verb, who in (("written", self.writer), ("read", self.readers), ("atomically added to", self.adders)):
+            past = who.get(flat)
+            if past is not None and not past.before(_now):
+                raise self._race(index, "written", verb, past)
+        self.writer[flat] = _now
+        self.tally.writes += 1
         self.array[index] = value
 
     def atomic_add(self, index, value):
         """One read and one write that no other atomic races with."""
+        index = _tuple(index)
         flat = self._flat(index)
-        past = self.writer.get(flat)
-        if past is not None and flat not in self.atomics and not past.before(_now):
-            raise Race(f"{self.name}{list(index)}: atomic add by {_now}, plain write by {past}, no barrier between")
-        self.atomics.add(flat)
-        self.writer[flat] = _now
+        for verb, who in (("written", self.writer), ("read", self.readers)):
+            past = who.get(flat)
+            if past is not None and not past.before(_now):
+                raise self._race(index, "atomically added to", verb, past)
+        self.adders[flat] = _now.joining(self.adders.get(flat))
         self.tally.reads += 1
         self.tally.writes += 1
         old = self.array[index]
@@ -260,13 +292,14 @@ class _Dim3:
 
 
 class _Thread:
-    __slots__ = ("threadIdx", "lane", "warp", "stamp", "greenlet", "request", "reply")
+    __slots__ = ("threadIdx", "lane", "stamp", "greenlet", "request", "reply")
 
 
 class _Cuda:
-    """What a kernel sees as `cuda` while it is simulated."""
+    """What a kernel sees as `cuda` while it is simulated; another Python thread may build one meanwhile, by jit."""
 
-    def __init__(self, grid, threads, warp):
+    def __init__(self, grid, threads, warp, jit):
+        self.jit = jit
         self.gridDim, self.blockDim, self.blockIdx = _Dim3(grid), _Dim3(threads), _Dim3(0, 0, 0)
         self.warpsize = warp
         self.current: _Thread | None = None
@@ -305,8 +338,11 @@ class _Cuda:
         self._meet("warp")
 
     def shfl_xor_sync(self, mask, value, lane_mask):
-        values = self._meet("shuffle", value)
-        return values.get(self.current.threadIdx.x ^ lane_mask, value)
+        values, x = self._meet("shuffle", value), self.current.threadIdx.x
+        partner = x ^ lane_mask
+        if partner // self.warpsize != x // self.warpsize or partner not in values:
+            raise OutOfBounds(f"thread {x} shuffles with thread {partner}: not in its warp of {self.warpsize} lanes")
+        return values[partner]
 
 
 class _Local:
@@ -321,7 +357,7 @@ class _SharedNamespace:
     def __init__(self, cuda):
         self.cuda = cuda
 
-    def array(self, shape, dtype):
+    def array(self, shape, dtype, alignment=None):
         """One array for the block: the same source line gives every thread the same one.
 
         Shape 0 is dynamic shared memory, which `tile_of` divides.
@@ -382,20 +418,21 @@ def launch(function, names, grid, threads, args, warp=32):
     from numba import cuda as numba_cuda
 
     with _lock, ExitStack() as stack:
-        cuda = _Cuda(grid, threads, warp)
+        cuda = _Cuda(grid, threads, warp, numba_cuda.jit)
         modules = {**_device_globals, id(function.__globals__): function.__globals__}
         for module in modules.values():
             stack.enter_context(_swapped(module, numba_cuda, cuda))
         stack.enter_context(np.errstate(all="ignore"))
-        args = [GlobalArray(n, a) if isinstance(a, np.ndarray) else a for n, a in zip(names, args)]
+        accesses = _Accesses()
+        args = [GlobalArray(n, a, accesses) if isinstance(a, np.ndarray) else a for n, a in zip(names, args)]
         shared = (Counter(), Counter())
         for block in range(grid):
             cuda.blockIdx.x, cuda.tiles = block, {}
             _run_block(greenlet, cuda, function, args, block, threads, warp)
-            for key, tile in cuda.tiles.items():
-                shared[0][tile.name] += tile.tally.reads
-                shared[1][tile.name] += tile.tally.writes
-        for traffic in _traffic:
+            for tile in cuda.tiles.values():
+                shared[0][tile.name] += tile.reads
+                shared[1][tile.name] += tile.writes
+        for traffic in _counting.blocks:
             for a in args:
                 if isinstance(a, GlobalArray):
                     letter = a.name.partition("_")[0]  # O_acc is O, kept in fp32
@@ -417,19 +454,23 @@ def _swapped(module, real, fake):
         module.update(dict.fromkeys(names, real))
 
 
+LANES = 32  # that must meet, however narrow the warps are that hand data to each other
+
+
 def _run_block(greenlet, cuda, function, args, block, count, warp):
     """Runs every thread to its next meeting point, releases whoever may go on, until all have returned."""
     global _now
     cuda.hub = greenlet.getcurrent()
-    live = []
+    threads = []
     for x in range(count):
         t = _Thread()
-        t.threadIdx, t.warp, t.lane = _Dim3(x, 0, 0), x // warp, x % warp
-        t.stamp = Stamp(x, t.warp, block, 0, 0)
+        t.threadIdx, t.lane, t.stamp = _Dim3(x, 0, 0), x % warp, Stamp(x, x // warp, block, -1, 0)
         t.greenlet, t.request, t.reply = greenlet.greenlet(lambda: function(*args)), None, None
-        live.append(t)
-    warps = [live[w : w + warp] for w in range(0, count, warp)]
-    runnable = live
+        t.greenlet.gr_context = contextvars.copy_context()  # np.errstate lives there
+        threads.append(t)
+    _restamp(threads, "block")
+    warps = [threads[x : x + LANES] for x in range(0, count, LANES)]
+    runnable = threads
     outer = _now
     try:
         while runnable:
@@ -437,34 +478,42 @@ def _run_block(greenlet, cuda, function, args, block, count, warp):
                 cuda.current, _now, t.request = t, t.stamp, None
                 t.greenlet.switch(t.reply) if t.reply is not None else t.greenlet.switch()
             runnable = []
-            for lanes in warps:
-                if _meets(lanes, ("warp", "shuffle")):
+            for w, lanes in enumerate(warps):
+                if _meet(lanes, ("warp", "shuffle"), f"lanes of warp {w}"):
                     runnable += lanes
-            if not runnable and _meets(live, ("block",)):
-                runnable = live
+            if not runnable and _meet(threads, ("block",), "threads"):
+                runnable = threads
     finally:
         _now = outer
         cuda.current = None
 
 
-def _meets(threads, kinds) -> bool:
+def _meet(threads, kinds, who) -> bool:
     """Whether all these threads wait at one meeting point of these kinds; then they get each other's values."""
-    waiting = [t for t in threads if t.request is not None and t.request[0] in kinds]
-    if not waiting:
+    if not any(t.request and t.request[0] in kinds for t in threads):
         return False
     sites = {t.request[:2] if t.request else None for t in threads}
     if len(sites) > 1:
-        if kinds != ("block",) and any(s and s[0] == "block" for s in sites) or None in sites or kinds == ("block",):
-            where = sorted(f"{s[1][0].co_name}:{s[1][1]} ({s[0]})" if s else "returned" for s in sites)
-            raise Divergence(f"threads of block {threads[0].stamp.block} part ways: {', '.join(where)}")
-        raise Divergence(f"lanes of warp {threads[0].warp} of block {threads[0].stamp.block} wait at different lines")
-    kind = threads[0].request[0]
+        places = sorted(f"{s[1][0].co_name}:{s[1][1]} ({s[0]})" if s else "returned" for s in sites)
+        raise Divergence(f"{who} of block {threads[0].stamp.block} part ways: {', '.join(places)}")
     values = {t.threadIdx.x: t.request[2] for t in threads}
     for t in threads:
         t.reply = values
-        s = t.stamp
-        if kind == "block":
-            t.stamp = Stamp(s.thread, s.warp, s.block, s.epoch + 1, s.warp_epoch)
-        elif kind == "warp":
-            t.stamp = Stamp(s.thread, s.warp, s.block, s.epoch, s.warp_epoch + 1)
+    _restamp(threads, threads[0].request[0])
     return True
+
+
+def _restamp(threads, kind) -> None:
+    """The threads have met: what they did so far is before what they do from now on."""
+    if kind == "shuffle":  # exchanges values, orders no memory
+        return
+    first = threads[0].stamp
+    if kind == "block":
+        epoch, warp_epoch = first.epoch + 1, 0
+        block_mates = Stamp(-1, -1, first.block, epoch, 0)
+    else:
+        epoch, warp_epoch, block_mates = first.epoch, first.warp_epoch + 1, first.block_mates
+    lanes = {s.warp: Stamp(-1, s.warp, s.block, epoch, warp_epoch) for s in (t.stamp for t in threads)}
+    for t in threads:
+        s = t.stamp
+        t.stamp = Stamp(s.thread, s.warp, s.block, epoch, warp_epoch, lanes[s.warp], block_mates)

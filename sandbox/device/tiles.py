@@ -113,14 +113,14 @@ ACCUMULATORS = 96  # what a thread's tiles take at most, where more rows of thre
 class Shared:
     """The shared-memory tiles of a kernel, one after another: ``Shared(sQ=(Br, d), sK=(Bc, d))``.
 
-    Each row is padded by one element, so that the lanes of a warp that walk down a column meet different banks.
+    Each row is padded by four elements, so that lanes that walk down a column by 16-byte loads meet different banks.
     Iterating gives, in order, the functions that a kernel calls to get its tiles: ``tile_Q(smem)``.
     """
 
     def __init__(self, **shapes: tuple[int, ...]):
         self.tiles, offset = [], 0
         for name, shape in shapes.items():
-            rows, ld = (shape[0], shape[1] + 1) if len(shape) == 2 else (1, shape[0])
+            rows, ld = (shape[0], shape[1] + 4) if len(shape) == 2 else (1, _ceil(shape[0], 4) * 4)
             self.tiles.append(shared_tile(name, offset, rows, ld, len(shape)))
             offset += rows * ld
         self.bytes = 4 * offset
@@ -139,6 +139,16 @@ def shared_tile(name: str, offset: int, rows: int, ld: int, ndim: int):
     from .intrinsics import tile_view
 
     return tile_view(offset, (rows, ld) if ndim == 2 else (ld,))
+
+
+if SIMULATED:
+
+    def quad(tile, r, k):
+        """(tile[r, k], …, tile[r, k + 3])."""
+        return tile[r, k], tile[r, k + 1], tile[r, k + 2], tile[r, k + 3]
+
+else:
+    from .intrinsics import quad
 
 
 class Blocks:
@@ -166,17 +176,20 @@ class Blocks:
         return where
 
     def load(self, rows: int, widen):
-        """load(sX, X, n0, end, t): sX [rows, d] = X[n0:end], zeros past the end and past d."""
-        T, W, d = self.threads.count, self.threads.d_padded, self.threads.d
+        """load(sX, X, n0, end, ty, tx): sX [rows, d] = X[n0:end], zeros past the end and past d."""
+        TY, TX, RD, d = self.threads.TY, self.threads.TX, self.threads.RD, self.threads.d
+        RAGGED = d % TX != 0
 
         @device_function
-        def load(sX, X, n0, end, t):
-            for k in range(t, rows * W, T):
-                r, c = k // W, k % W
-                if n0 + r < end and c < d:
-                    sX[r, c] = widen(X[n0 + r, c])
+        def load(sX, X, n0, end, ty, tx):
+            for r in range(ty, rows, TY):
+                if n0 + r < end:
+                    for e in range(RD):
+                        c = tx + e * TX
+                        sX[r, c] = widen(X[n0 + r, c]) if not RAGGED or c < d else ZERO
                 else:
-                    sX[r, c] = ZERO
+                    for e in range(RD):
+                        sX[r, tx + e * TX] = ZERO
 
         return load
 
@@ -192,72 +205,83 @@ class Blocks:
         return load_rows
 
     def store(self, narrow=same):
-        """store(X, sX, n0, end, t): X[n0:end] = sX, narrowed to X's dtype."""
-        T, d = self.threads.count, self.threads.d
+        """store(X, sX, n0, end, ty, tx): X[n0:end] = sX, narrowed to X's dtype."""
+        TY, TX, d = self.threads.TY, self.threads.TX, self.threads.d
 
         @device_function
-        def store(X, sX, n0, end, t):
-            for k in range(t, (end - n0) * d, T):
-                r, c = k // d, k % d
-                X[n0 + r, c] = narrow(sX[r, c])
+        def store(X, sX, n0, end, ty, tx):
+            for r in range(ty, end - n0, TY):
+                for c in range(tx, d, TX):
+                    X[n0 + r, c] = narrow(sX[r, c])
 
         return store
 
     def accumulate(self, narrow=same):
-        """accumulate(Y, X, sX, n0, end, t): Y[n0:end] = X[n0:end] + sX, X in float32."""
-        T, d = self.threads.count, self.threads.d
+        """accumulate(Y, X, sX, n0, end, ty, tx): Y[n0:end] = X[n0:end] + sX, X in float32."""
+        TY, TX, d = self.threads.TY, self.threads.TX, self.threads.d
 
         @device_function
-        def accumulate(Y, X, sX, n0, end, t):
-            for k in range(t, (end - n0) * d, T):
-                r, c = k // d, k % d
-                Y[n0 + r, c] = narrow(X[n0 + r, c] + sX[r, c])
+        def accumulate(Y, X, sX, n0, end, ty, tx):
+            for r in range(ty, end - n0, TY):
+                for c in range(tx, d, TX):
+                    Y[n0 + r, c] = narrow(X[n0 + r, c] + sX[r, c])
 
         return accumulate
 
     def atomic_add(self):
-        """atomic_add(X, sX, n0, end, t): X[n0:end] += sX, whoever else adds to it, X in float32."""
-        T, d = self.threads.count, self.threads.d
+        """atomic_add(X, sX, n0, end, ty, tx): X[n0:end] += sX, whoever else adds to it, X in float32."""
+        TY, TX, d = self.threads.TY, self.threads.TX, self.threads.d
 
         @device_function
-        def atomic_add(X, sX, n0, end, t):
-            for k in range(t, (end - n0) * d, T):
-                r, c = k // d, k % d
-                cuda.atomic.add(X, (n0 + r, c), sX[r, c])
+        def atomic_add(X, sX, n0, end, ty, tx):
+            for r in range(ty, end - n0, TY):
+                for c in range(tx, d, TX):
+                    cuda.atomic.add(X, (n0 + r, c), sX[r, c])
 
         return atomic_add
 
     def product_nt(self, RA: int, RB: int, K: int):
         """product(rC, sA, sB, ty, tx): rC [rows, columns] += sA [rows, K] · sB [columns, K]ᵀ."""
-        TY, TX = self.threads.TY, self.threads.TX
+        TY, TX, K = self.threads.TY, self.threads.TX, _ceil(K, 4) * 4
 
         @device_function
         def product(rC, sA, sB, ty, tx):
-            rB = cuda.local.array(RB, float32)
-            for k in range(K):
+            rB = cuda.local.array((RB, 4), float32)
+            for k in range(0, K, 4):
                 for b in range(RB):
-                    rB[b] = sB[tx + b * TX, k]
+                    rB[b, 0], rB[b, 1], rB[b, 2], rB[b, 3] = quad(sB, tx + b * TX, k)
                 for a in range(RA):
-                    x = sA[ty + a * TY, k]
+                    x0, x1, x2, x3 = quad(sA, ty + a * TY, k)
                     for b in range(RB):
-                        rC[a, b] += x * rB[b]
+                        s = rC[a, b]
+                        s += x0 * rB[b, 0]
+                        s += x1 * rB[b, 1]
+                        s += x2 * rB[b, 2]
+                        s += x3 * rB[b, 3]
+                        rC[a, b] = s
 
         return product
 
     def product_nn(self, RA: int, RB: int, K: int):
         """product(rC, sA, sB, ty, tx): rC [rows, columns] += sA [rows, K] · sB [K, columns]."""
-        TY, TX = self.threads.TY, self.threads.TX
+        TY, TX, K = self.threads.TY, self.threads.TX, _ceil(K, 4) * 4
 
         @device_function
         def product(rC, sA, sB, ty, tx):
-            rB = cuda.local.array(RB, float32)
-            for k in range(K):
+            rB = cuda.local.array((RB, 4), float32)
+            for k in range(0, K, 4):
                 for b in range(RB):
-                    rB[b] = sB[k, tx + b * TX]
+                    for u in range(4):
+                        rB[b, u] = sB[k + u, tx + b * TX]
                 for a in range(RA):
-                    x = sA[ty + a * TY, k]
+                    x0, x1, x2, x3 = quad(sA, ty + a * TY, k)
                     for b in range(RB):
-                        rC[a, b] += x * rB[b]
+                        s = rC[a, b]
+                        s += x0 * rB[b, 0]
+                        s += x1 * rB[b, 1]
+                        s += x2 * rB[b, 2]
+                        s += x3 * rB[b, 3]
+                        rC[a, b] = s
 
         return product
 

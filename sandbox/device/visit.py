@@ -25,6 +25,7 @@ class Visit:
         RA, RB = threads.RA, threads.RB
         BANDED, BOOLEAN, SOFTCAP = problem.mask.banded, problem.mask.boolean, problem.softcap > 0
         bits = int32 if RB < 32 else int64
+        ALL, PADDED = (1 << RB) - 1, threads.RA * TY - Br + RB * TX - Bc
 
         @device_function
         def key_blocks(i0, N_q, N_k, lo, hi):
@@ -49,6 +50,11 @@ class Visit:
         @device_function
         def look(rseen, mask, i0, j0, N_q, N_k, lo, hi, ty, tx):
             """Bit e of rseen[a]: whether the thread's row a sees its column e.  Returns 1 if any does."""
+            if PADDED == 0 and not BOOLEAN and i0 + Br <= N_q and j0 + Bc <= N_k:
+                if not BANDED or (i0 + Br - 1 + lo <= j0 and j0 + Bc - 1 <= i0 + hi):
+                    for a in range(RA):
+                        rseen[a] = ALL
+                    return 1
             any_seen = 0
             for a in range(RA):
                 r, i, seen = ty + a * TY, i0 + ty + a * TY, 0

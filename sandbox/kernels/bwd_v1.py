@@ -54,7 +54,7 @@ def build(problem, tile, device):
         Tr, Tc = (N_q + Br - 1) // Br, max(1, (N_k + Bc - 1) // Bc)  # with no keys, one visit still writes dQ
         b, h_kv = block // H_kv, block % H_kv
 
-        smem = cuda.shared.array(0, float32)
+        smem = cuda.shared.array(0, float32, 16)
         sQ = tile_Q(smem)  # [Br, d]
         sdO = tile_dO(smem)  # [Br, d]
         sK = tile_K(smem)  # [Bc, d]
@@ -73,8 +73,8 @@ def build(problem, tile, device):
         for j in range(Tc):  # line 6
             j0 = j * Bc
             cuda.syncthreads()  # the last step with K and V of before has been computed
-            load_KV(sK, K[b, :, h_kv], j0, min(j0 + Bc, N_k), thread)  # line 7
-            load_KV(sV, V[b, :, h_kv], j0, min(j0 + Bc, N_k), thread)
+            load_KV(sK, K[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)  # line 7
+            load_KV(sV, V[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)
             clear_dKV(rdK, ZERO)  # line 8
             clear_dKV(rdV, ZERO)
 
@@ -83,8 +83,8 @@ def build(problem, tile, device):
                 end = min(i0 + Br, N_q)
                 any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
                 any_seen = cuda.syncthreads_or(any_seen)  # and the step before has been computed
-                load_Q(sQ, Q[b, :, h], i0, end, thread)  # line 10
-                load_Q(sdO, dO[b, :, h], i0, end, thread)
+                load_Q(sQ, Q[b, :, h], i0, end, ty, tx)  # line 10
+                load_Q(sdO, dO[b, :, h], i0, end, ty, tx)
                 load_rows(sLSE, LSE[b, h], i0, end, thread)
                 cuda.syncthreads()
 
@@ -131,20 +131,20 @@ def build(problem, tile, device):
                 cuda.syncthreads()
                 first, last = j == 0, j == Tc - 1
                 if first and last:
-                    store_dQ(dQ[b, :, h], sQ, i0, end, thread)
+                    store_dQ(dQ[b, :, h], sQ, i0, end, ty, tx)
                 elif first:
-                    store_dQ_acc(dQ_acc[b, :, h], sQ, i0, end, thread)
+                    store_dQ_acc(dQ_acc[b, :, h], sQ, i0, end, ty, tx)
                 elif last:
-                    add_dQ(dQ[b, :, h], dQ_acc[b, :, h], sQ, i0, end, thread)
+                    add_dQ(dQ[b, :, h], dQ_acc[b, :, h], sQ, i0, end, ty, tx)
                 else:
-                    add_dQ_acc(dQ_acc[b, :, h], dQ_acc[b, :, h], sQ, i0, end, thread)
+                    add_dQ_acc(dQ_acc[b, :, h], dQ_acc[b, :, h], sQ, i0, end, ty, tx)
 
             cuda.syncthreads()  # sK and sV have been read: dK and dV leave through them
             put_dKV(sK, rdK, ty, tx)
             put_dKV(sV, rdV, ty, tx)
             cuda.syncthreads()
-            store_dKV(dK[b, :, h_kv], sK, j0, min(j0 + Bc, N_k), thread)  # line 24
-            store_dKV(dV[b, :, h_kv], sV, j0, min(j0 + Bc, N_k), thread)
+            store_dKV(dK[b, :, h_kv], sK, j0, min(j0 + Bc, N_k), ty, tx)  # line 24
+            store_dKV(dV[b, :, h_kv], sV, j0, min(j0 + Bc, N_k), ty, tx)
 
     run = Launch(bwd_v1, t.count, shared.bytes, warp=TX)
 

@@ -72,7 +72,7 @@ def build(problem, tile, device):
         b, h_kv = bh // H_kv, bh % H_kv
         j0 = j * Bc
 
-        smem = cuda.shared.array(0, float32)
+        smem = cuda.shared.array(0, float32, 16)
         sQ = tile_Q(smem)  # [Br, d]
         sdO = tile_dO(smem)  # [Br, d]
         sK = tile_K(smem)  # [Bc, d]
@@ -88,8 +88,8 @@ def build(problem, tile, device):
         rdV = cuda.local.array((RC, RD), float32)  # [Bc, d]
         rseen = cuda.local.array(RA, bits)  # [Br] x [Bc] bits
 
-        load_KV(sK, K[b, :, h_kv], j0, min(j0 + Bc, N_k), thread)  # line 7
-        load_KV(sV, V[b, :, h_kv], j0, min(j0 + Bc, N_k), thread)
+        load_KV(sK, K[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)  # line 7
+        load_KV(sV, V[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)
         clear_dKV(rdK, ZERO)
         clear_dKV(rdV, ZERO)
         first, end = query_blocks(j0, N_q, N_k, lo, hi)
@@ -102,8 +102,8 @@ def build(problem, tile, device):
                 if cuda.syncthreads_or(any_seen) == 0:
                     continue
             cuda.syncthreads()  # the step before has been computed
-            load_Q(sQ, Q[b, :, h], i0, i1, thread)  # line 9
-            load_Q(sdO, dO[b, :, h], i0, i1, thread)
+            load_Q(sQ, Q[b, :, h], i0, i1, ty, tx)  # line 9
+            load_Q(sdO, dO[b, :, h], i0, i1, ty, tx)
             load_rows(sLSE, LSE[b, h], i0, i1, thread)
             load_rows(sD, D[b, h], i0, i1, thread)
             cuda.syncthreads()
@@ -136,14 +136,14 @@ def build(problem, tile, device):
             cuda.syncthreads()  # sQ has been read: dQ leaves through it
             put_dQ(sQ, rdQ, ty, tx)
             cuda.syncthreads()
-            add_dQ(dQ_acc[b, :, h], sQ, i0, i1, thread)
+            add_dQ(dQ_acc[b, :, h], sQ, i0, i1, ty, tx)
 
         cuda.syncthreads()  # sK and sV have been read: dK and dV leave through them
         put_dKV(sK, rdK, ty, tx)
         put_dKV(sV, rdV, ty, tx)
         cuda.syncthreads()
-        store_dKV(dK[b, :, h_kv], sK, j0, min(j0 + Bc, N_k), thread)  # line 18
-        store_dKV(dV[b, :, h_kv], sV, j0, min(j0 + Bc, N_k), thread)
+        store_dKV(dK[b, :, h_kv], sK, j0, min(j0 + Bc, N_k), ty, tx)  # line 18
+        store_dKV(dV[b, :, h_kv], sV, j0, min(j0 + Bc, N_k), ty, tx)
 
     @cuda.jit
     def to_dtype(dQ_acc, dQ):

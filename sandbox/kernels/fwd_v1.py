@@ -53,7 +53,7 @@ def build(problem, tile, device):
         Tr, Tc = (N_q + Br - 1) // Br, max(1, (N_k + Bc - 1) // Bc)  # with no keys, one visit still writes O
         b, h = block // H, block % H
 
-        smem = cuda.shared.array(0, float32)
+        smem = cuda.shared.array(0, float32, 16)
         sQ = tile_Q(smem)  # [Br, d]
         sK = tile_K(smem)  # [Bc, d]
         sV = tile_V(smem)  # [Bc, d]
@@ -72,19 +72,19 @@ def build(problem, tile, device):
         for j in range(Tc):  # line 5
             j0 = j * Bc
             cuda.syncthreads()  # the last step with K and V of before has been computed
-            load_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), thread)  # line 6
-            load_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), thread)
+            load_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)  # line 6
+            load_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
 
             for i in range(Tr):  # line 7
                 i0 = i * Br
                 end = min(i0 + Br, N_q)
                 any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
                 any_seen = cuda.syncthreads_or(any_seen)  # and the step before has been computed
-                load_Q(sQ, Q[b, :, h], i0, end, thread)  # line 8
+                load_Q(sQ, Q[b, :, h], i0, end, ty, tx)  # line 8
                 if j > 0:
                     load_rows(sl, l[b, h], i0, end, thread)
                     load_rows(sm, m[b, h], i0, end, thread)
-                    load_O(sO, O_acc[b, :, h], i0, end, thread)
+                    load_O(sO, O_acc[b, :, h], i0, end, ty, tx)
                 cuda.syncthreads()
                 if j > 0:
                     get_O(rO, sO, ty, tx)
@@ -118,9 +118,9 @@ def build(problem, tile, device):
                 put_O(sO, rO, ty, tx)
                 cuda.syncthreads()
                 if j < Tc - 1:
-                    store_O_acc(O_acc[b, :, h], sO, i0, end, thread)
+                    store_O_acc(O_acc[b, :, h], sO, i0, end, ty, tx)
                 else:
-                    store_O(O[b, :, h], sO, i0, end, thread)
+                    store_O(O[b, :, h], sO, i0, end, ty, tx)
 
                 for a in range(RA):  # line 13
                     row = i0 + ty + a * TY

@@ -53,7 +53,7 @@ def build(problem, tile, device):
         Tr, Tc = (N_q + Br - 1) // Br, max(1, (N_k + Bc - 1) // Bc)  # with no keys, one visit still writes O
         b, h = block // H, block % H
 
-        smem = cuda.shared.array(0, float32)
+        smem = cuda.shared.array(0, float32, 16)
         sQ = tile_Q(smem)  # [Br, d]
         sK = tile_K(smem)  # [Bc, d]
         sV = tile_V(smem)  # [Bc, d]
@@ -73,8 +73,8 @@ def build(problem, tile, device):
             cuda.syncthreads()  # the last step with K and V of before has been computed
             first_i, end_i = query_blocks(j0, N_q, N_k, lo, hi)
             if first_i < end_i:
-                load_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), thread)
-                load_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), thread)
+                load_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
+                load_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
 
             for i in range(Tr):
                 i0 = i * Br
@@ -91,11 +91,11 @@ def build(problem, tile, device):
                 if BOOLEAN:
                     if any_seen == 0 and not first and not last:
                         continue
-                load_Q(sQ, Q[b, :, h], i0, end, thread)
+                load_Q(sQ, Q[b, :, h], i0, end, ty, tx)
                 if not first:
                     load_rows(sl, l[b, h], i0, end, thread)
                     load_rows(sm, m[b, h], i0, end, thread)
-                    load_O(sO, O_acc[b, :, h], i0, end, thread)
+                    load_O(sO, O_acc[b, :, h], i0, end, ty, tx)
                 cuda.syncthreads()
                 if first:
                     clear_O(rO, ZERO)
@@ -140,9 +140,9 @@ def build(problem, tile, device):
                 put_O(sO, rO, ty, tx)
                 cuda.syncthreads()
                 if last:
-                    store_O(O[b, :, h], sO, i0, end, thread)
+                    store_O(O[b, :, h], sO, i0, end, ty, tx)
                 else:
-                    store_O_acc(O_acc[b, :, h], sO, i0, end, thread)
+                    store_O_acc(O_acc[b, :, h], sO, i0, end, ty, tx)
 
     run = Launch(fwd_v2_kv_outer, t.count, shared.bytes, warp=TX)
 

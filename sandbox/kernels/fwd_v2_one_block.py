@@ -47,7 +47,7 @@ def build(problem, tile, device):
         Tr = (N_q + Br - 1) // Br
         b, h = block // H, block % H
 
-        smem = cuda.shared.array(0, float32)
+        smem = cuda.shared.array(0, float32, 16)
         sQ = tile_Q(smem)  # [Br, d]
         sK = tile_K(smem)  # [Bc, d]
         sV = tile_V(smem)  # [Bc, d]
@@ -62,7 +62,7 @@ def build(problem, tile, device):
         for i in range(Tr):
             i0 = i * Br
             cuda.syncthreads()  # the last step of the row block before has been computed
-            load_Q(sQ, Q[b, :, h], i0, N_q, thread)
+            load_Q(sQ, Q[b, :, h], i0, N_q, ty, tx)
             clear_O(rO, ZERO)
             fill_rows(rm, NEG_INF)
             fill_rows(rl, ZERO)
@@ -75,8 +75,8 @@ def build(problem, tile, device):
                     if cuda.syncthreads_or(any_seen) == 0:
                         continue
                 cuda.syncthreads()  # the tiles of the step before have been read
-                load_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), thread)
-                load_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), thread)
+                load_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
+                load_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
                 cuda.syncthreads()
 
                 # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]
@@ -104,7 +104,7 @@ def build(problem, tile, device):
             cuda.syncthreads()  # sQ has been read: O leaves through it
             put_O(sQ, rO, ty, tx)
             cuda.syncthreads()
-            store_O(O[b, :, h], sQ, i0, min(i0 + Br, N_q), thread)
+            store_O(O[b, :, h], sQ, i0, min(i0 + Br, N_q), ty, tx)
 
     run = Launch(fwd_v2_one_block, t.count, shared.bytes, warp=TX)
 
