@@ -60,6 +60,25 @@ quad.fingerprint = "quad"
 
 
 @intrinsic
+def adjacent(typingctx, X, n, c):
+    """X[n, c] of a global array whose columns lie side by side: a row's addresses then differ by constants."""
+
+    def codegen(context, builder, sig, args):
+        array = arrayobj.make_array(sig.args[0])(context, builder, args[0])
+        row, column = (context.cast(builder, x, t, types.intp) for x, t in zip(args[1:], sig.args[1:]))
+        kind = array.data.type.pointee
+        data = builder.addrspacecast(array.data, ir.PointerType(ir.IntType(8), 1))
+        start = builder.gep(data, [builder.mul(row, builder.extract_value(array.strides, 0))])
+        element = builder.gep(builder.bitcast(start, ir.PointerType(kind, 1)), [column])
+        return context.data_model_manager[sig.return_type].from_data(builder, builder.load(element))
+
+    return X.dtype(X, n, c), codegen
+
+
+adjacent.fingerprint = "adjacent"
+
+
+@intrinsic
 def ex2(typingctx, x):
     """2 to the x, ex2.approx.ftz: one instruction, 2 ulp; results below 2⁻¹²⁶ are 0."""
 

@@ -162,7 +162,7 @@ class Tracked:
 class SharedArray(Tracked):
     """A shared-memory tile: C order, poisoned until written."""
 
-    __slots__ = ("data", "reads", "writes")
+    __slots__ = ("data", "columns", "reads", "writes")
 
     def __init__(self, name, shape, dtype):
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -171,16 +171,18 @@ class SharedArray(Tracked):
         size = int(np.prod(shape, dtype=int))
         self.data, self.writer, self.readers = [None] * size, [None] * size, [None] * size
         self.reads = self.writes = 0
+        self.columns = shape[1] if len(shape) == 2 else None
+
+    def _flat(self, index):
+        if self.columns is None:
+            return super()._flat(_tuple(index))
+        i, j = index  # two dimensions by hand: every multiply-add of a simulated product comes here
+        if 0 <= i < self.shape[0] and 0 <= j < self.columns:
+            return i * self.columns + j
+        raise self._outside(index)
 
     def __getitem__(self, index):
-        shape = self.shape
-        if len(shape) == 2:  # by hand: every multiply-add of a simulated product reads here
-            i, j = index
-            if not (0 <= i < shape[0] and 0 <= j < shape[1]):
-                raise self._outside(index)
-            flat = i * shape[1] + j
-        else:
-            flat = self._flat(_tuple(index))
+        flat = self._flat(index)
         now, writer, readers = _now, self.writer[flat], self.readers[flat]
         if writer is None:
             raise Uninitialised(f"{self.name}{list(_tuple(index))}: read by {now}, written by nobody")
@@ -192,7 +194,7 @@ class SharedArray(Tracked):
         return self.data[flat]
 
     def __setitem__(self, index, value):
-        flat = self._flat(_tuple(index))
+        flat = self._flat(index)
         now, writer, readers = _now, self.writer[flat], self.readers[flat]
         if writer is not None and not writer.before(now):
             raise self._race(index, "written", "written", writer)
@@ -229,6 +231,10 @@ class GlobalArray(Tracked):
         self.address = array.__array_interface__["data"][0]
         self.accesses, self.tally = accesses, tally or Tally()
         self.writer, self.readers, self.adders = accesses.writer, accesses.readers, accesses.adders
+
+    @property
+    def itemsize(self):
+        return self.dtype.itemsize
 
     def _flat(self, index):
         return self.address + super()._flat(index)

@@ -107,6 +107,7 @@ class Threads:
             raise Infeasible(tile, f"needs about {need} registers a thread, one of {self.count} has {most}")
 
 
+IN_FLIGHT = 64  # global loads that a thread has under way at once
 ACCUMULATORS = 96  # what a thread's tiles take at most, where more rows of threads can bring it down
 
 
@@ -147,8 +148,12 @@ if SIMULATED:
         """(tile[r, k], …, tile[r, k + 3])."""
         return tile[r, k], tile[r, k + 1], tile[r, k + 2], tile[r, k + 3]
 
+    def adjacent(X, n, c):
+        """X[n, c] of an array whose columns lie side by side."""
+        return X[n, c]
+
 else:
-    from .intrinsics import quad
+    from .intrinsics import adjacent, quad
 
 
 class Blocks:
@@ -177,19 +182,48 @@ class Blocks:
 
     def load(self, rows: int, widen):
         """load(sX, X, n0, end, ty, tx): sX [rows, d] = X[n0:end], zeros past the end and past d."""
-        TY, TX, RD, d = self.threads.TY, self.threads.TX, self.threads.RD, self.threads.d
-        RAGGED = d % TX != 0
+        load_pair = self._load_some(rows, widen, pair=False)
 
         @device_function
         def load(sX, X, n0, end, ty, tx):
-            for r in range(ty, rows, TY):
-                if n0 + r < end:
-                    for e in range(RD):
-                        c = tx + e * TX
-                        sX[r, c] = widen(X[n0 + r, c]) if not RAGGED or c < d else ZERO
-                else:
-                    for e in range(RD):
-                        sX[r, tx + e * TX] = ZERO
+            load_pair(sX, sX, X, X, n0, end, ty, tx)
+
+        return load
+
+    def load_pair(self, rows: int, widen):
+        """load_pair(sX, sY, X, Y, n0, end, ty, tx): `load` of two tiles, the loads of both in flight together."""
+        return self._load_some(rows, widen, pair=True)
+
+    def _load_some(self, rows: int, widen, pair: bool):
+        TY, TX, RD, d, W = self.threads.TY, self.threads.TX, self.threads.RD, self.threads.d, self.threads.d_padded
+        ROWS, RAGGED = rows // TY, d % TX != 0
+        BATCH = max(n for n in range(1, ROWS + 1) if ROWS % n == 0 and (n == 1 or n * RD * (1 + pair) <= IN_FLIGHT))
+
+        @device_function
+        def load(sX, sY, X, Y, n0, end, ty, tx):
+            if n0 + rows <= end and X.strides[1] == X.itemsize and Y.strides[1] == Y.itemsize:
+                # Whole rows of adjacent columns: nothing stands between the loads, and a batch is in flight at once.
+                rX = cuda.local.array((BATCH, RD), float32)
+                rY = cuda.local.array((BATCH, RD), float32)
+                for r in range(ty, ty + rows, BATCH * TY):
+                    for a in range(BATCH):
+                        for e in range(RD):
+                            c = tx + e * TX
+                            rX[a, e] = widen(adjacent(X, n0 + r + a * TY, c)) if not RAGGED or c < d else ZERO
+                            if pair:
+                                rY[a, e] = widen(adjacent(Y, n0 + r + a * TY, c)) if not RAGGED or c < d else ZERO
+                    for a in range(BATCH):
+                        for e in range(RD):
+                            sX[r + a * TY, tx + e * TX] = rX[a, e]
+                            if pair:
+                                sY[r + a * TY, tx + e * TX] = rY[a, e]
+            else:
+                for r in range(ty, rows, TY):
+                    n = n0 + r
+                    for c in range(tx, W, TX):
+                        sX[r, c] = widen(X[n, c]) if n < end and c < d else ZERO
+                        if pair:
+                            sY[r, c] = widen(Y[n, c]) if n < end and c < d else ZERO
 
         return load
 

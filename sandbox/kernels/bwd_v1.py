@@ -34,7 +34,7 @@ def build(problem, tile, device):
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
     where = blocks.where()
     tile_Q, tile_dO, tile_K, tile_V, tile_P, tile_dS, tile_LSE, tile_D = shared
-    load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load(t.Bc_padded, widen)
+    load_QdO, load_KV = blocks.load_pair(t.Br_padded, widen), blocks.load_pair(t.Bc_padded, widen)
     load_rows = blocks.load_rows(t.Br_padded)
     QKt, PtdO, dSK = blocks.product_nt(RA, RB, d), blocks.product_tn(RC, RD, Br), blocks.product_nn(RA, RD, Bc)
     dOVt, dStQ = QKt, PtdO  # the same shapes
@@ -73,8 +73,7 @@ def build(problem, tile, device):
         for j in range(Tc):  # line 6
             j0 = j * Bc
             cuda.syncthreads()  # the last step with K and V of before has been computed
-            load_KV(sK, K[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)  # line 7
-            load_KV(sV, V[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)
+            load_KV(sK, sV, K[b, :, h_kv], V[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)  # line 7
             clear_dKV(rdK, ZERO)  # line 8
             clear_dKV(rdV, ZERO)
 
@@ -83,8 +82,7 @@ def build(problem, tile, device):
                 end = min(i0 + Br, N_q)
                 any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
                 any_seen = cuda.syncthreads_or(any_seen)  # and the step before has been computed
-                load_Q(sQ, Q[b, :, h], i0, end, ty, tx)  # line 10
-                load_Q(sdO, dO[b, :, h], i0, end, ty, tx)
+                load_QdO(sQ, sdO, Q[b, :, h], dO[b, :, h], i0, end, ty, tx)  # line 10
                 load_rows(sLSE, LSE[b, h], i0, end, thread)
                 cuda.syncthreads()
 

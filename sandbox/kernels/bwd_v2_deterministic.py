@@ -13,7 +13,7 @@ from ..variant import Variant
 
 
 def layout(problem, tile, device):
-    t = Threads.of(tile, problem.d, device, "bwd", overhead=60)
+    t = Threads.of(tile, problem.d, device, "bwd", overhead=79)
     rows, keys, columns = t.Br_padded, t.Bc_padded, t.d_padded
     return t, Shared(
         sQ=(rows, columns), sdO=(rows, columns), sK=(keys, columns), sV=(keys, columns),
@@ -34,7 +34,7 @@ def build(problem, tile, device):
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
     where = blocks.where()
     tile_Q, tile_dO, tile_K, tile_V, tile_P, tile_dS, tile_LSE, tile_D = shared
-    load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load(t.Bc_padded, widen)
+    load_QdO, load_KV = blocks.load_pair(t.Br_padded, widen), blocks.load_pair(t.Bc_padded, widen)
     load_rows = blocks.load_rows(t.Br_padded)
     QKt, PtdO, dSK = blocks.product_nt(RA, RB, d), blocks.product_tn(RC, RD, Br), blocks.product_nn(RA, RD, Bc)
     dOVt, dStQ = QKt, PtdO  # the same shapes
@@ -87,8 +87,7 @@ def build(problem, tile, device):
         rdV = cuda.local.array((RC, RD), float32)  # [Bc, d]
         rseen = cuda.local.array(RA, bits)  # [Br] x [Bc] bits
 
-        load_KV(sK, K[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)  # line 7
-        load_KV(sV, V[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)
+        load_KV(sK, sV, K[b, :, h_kv], V[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)  # line 7
         clear_dKV(rdK, ZERO)
         clear_dKV(rdV, ZERO)
         first, end = query_blocks(j0, N_q, N_k, lo, hi)
@@ -101,8 +100,7 @@ def build(problem, tile, device):
                 if cuda.syncthreads_or(any_seen) == 0:
                     continue
             cuda.syncthreads()  # the step before has been computed
-            load_Q(sQ, Q[b, :, h], i0, i1, ty, tx)  # line 9
-            load_Q(sdO, dO[b, :, h], i0, i1, ty, tx)
+            load_QdO(sQ, sdO, Q[b, :, h], dO[b, :, h], i0, i1, ty, tx)  # line 9
             load_rows(sLSE, LSE[b, h], i0, i1, thread)
             load_rows(sD, D[b, h], i0, i1, thread)
             cuda.syncthreads()
@@ -162,8 +160,7 @@ def build(problem, tile, device):
         rdQ = cuda.local.array((RA, RD), float32)  # [Br, d]
         rseen = cuda.local.array(RA, bits)  # [Br] x [Bc] bits
 
-        load_Q(sQ, Q[b, :, h], i0, i1, ty, tx)
-        load_Q(sdO, dO[b, :, h], i0, i1, ty, tx)
+        load_QdO(sQ, sdO, Q[b, :, h], dO[b, :, h], i0, i1, ty, tx)
         load_rows(sLSE, LSE[b, h], i0, i1, thread)
         load_rows(sD, D[b, h], i0, i1, thread)
         clear_dQ(rdQ, ZERO)
@@ -176,8 +173,7 @@ def build(problem, tile, device):
                 if cuda.syncthreads_or(any_seen) == 0:
                     continue
             cuda.syncthreads()  # the step before has been computed
-            load_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
-            load_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
+            load_KV(sK, sV, K[b, :, h // group], V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
             cuda.syncthreads()
 
             # S = scale · Q Kᵀ, softcapped and masked;  dP = dO Vᵀ  [Br, Bc]

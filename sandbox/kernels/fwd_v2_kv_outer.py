@@ -13,7 +13,7 @@ from ..variant import Variant
 
 
 def layout(problem, tile, device):
-    t = Threads.of(tile, problem.d, device, overhead=150)
+    t = Threads.of(tile, problem.d, device, overhead=176)
     rows, keys, columns = t.Br_padded, t.Bc_padded, t.d_padded
     return t, Shared(
         sQ=(rows, columns), sK=(keys, columns), sV=(keys, columns), sP=(rows, keys),
@@ -34,7 +34,7 @@ def build(problem, tile, device):
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
     where = blocks.where()
     tile_Q, tile_K, tile_V, tile_P, tile_O, tile_l, tile_m = shared
-    load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load(t.Bc_padded, widen)
+    load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load_pair(t.Bc_padded, widen)
     load_O, load_rows = blocks.load(t.Br_padded, same), blocks.load_rows(t.Br_padded)
     QKt, PV = blocks.product_nt(RA, RB, d), blocks.product_nn(RA, RD, Bc)
     clear_S, clear_O, fill_rows = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill_rows(RA)
@@ -73,8 +73,7 @@ def build(problem, tile, device):
             cuda.syncthreads()  # the last step with K and V of before has been computed
             first_i, end_i = query_blocks(j0, N_q, N_k, lo, hi)
             if first_i < end_i:
-                load_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
-                load_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
+                load_KV(sK, sV, K[b, :, h // group], V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
 
             for i in range(Tr):
                 i0 = i * Br

@@ -30,7 +30,7 @@ def build(problem, tile, device):
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
     where = blocks.where()
     tile_Q, tile_K, tile_V, tile_P = shared
-    load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load(t.Bc_padded, widen)
+    load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load_pair(t.Bc_padded, widen)
     QKt, PV = blocks.product_nt(RA, RB, d), blocks.product_nn(RA, RD, Bc)
     clear_S, clear_O, fill_rows = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill_rows(RA)
     rescale_O, put_P, put_O = blocks.scale_rows(RA, RD), blocks.put(RA, RB), blocks.put(RA, RD)
@@ -75,8 +75,7 @@ def build(problem, tile, device):
                     if cuda.syncthreads_or(any_seen) == 0:
                         continue
                 cuda.syncthreads()  # the tiles of the step before have been read
-                load_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
-                load_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
+                load_KV(sK, sV, K[b, :, h // group], V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
                 cuda.syncthreads()
 
                 # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]
