@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import cuda
 
-from .scalar import NEG_INF, ZERO, device_function, exp
+from .scalar import LOG2_E, NEG_INF, ZERO, device_function, exp2
 from .tiles import Threads
 
 ALL_LANES = 0xFFFFFFFF
@@ -39,18 +39,18 @@ class Softmax:
             """S becomes P̃ = exp(S - m); m and l go on; alpha = exp(m_old - m_new) is what older sums are worth now.
 
             l is this lane's part of the row's sum: `row_sum` gives the whole.  A row that has seen nothing keeps
-            m = -inf, P̃ = 0, l = 0.
+            m = -inf, P̃ = 0, l = 0.  exp(x - m) is 2^(x·log2 e - m·log2 e): one fused multiply-add and one ex2.
             """
             for a in range(RA):
                 m = rm[a]
                 for b in range(RB):
                     m = max(m, rS[a, b])
                 m = row_max(m)
-                shift = m if m != NEG_INF else ZERO
-                alpha = exp(rm[a] - shift)
+                shift = (m if m != NEG_INF else ZERO) * LOG2_E
+                alpha = exp2(rm[a] * LOG2_E - shift)
                 l = ZERO
                 for b in range(RB):
-                    rS[a, b] = exp(rS[a, b] - shift)
+                    rS[a, b] = exp2(rS[a, b] * LOG2_E - shift)
                     l += rS[a, b]
                 rm[a] = m
                 rl[a] = alpha * rl[a] + l

@@ -108,7 +108,7 @@ class Threads:
 
 
 IN_FLIGHT = 64  # global loads that a thread has under way at once
-ACCUMULATORS = 96  # what a thread's tiles take at most, where more rows of threads can bring it down
+ACCUMULATORS = 128  # what a thread's tiles take at most, where more rows of threads can bring it down
 
 
 class Shared:

@@ -12,6 +12,9 @@ from .scalar import NEG_INF, ONE, device_function, tanh
 from .tiles import Threads
 
 
+NONE, SOME, ALL = 0, 1, 2  # what a thread sees of a tile
+
+
 @device_function
 def ceil_div(n, step):
     return (n + step - 1) // step
@@ -25,7 +28,7 @@ class Visit:
         RA, RB = threads.RA, threads.RB
         BANDED, BOOLEAN, SOFTCAP = problem.mask.banded, problem.mask.boolean, problem.softcap > 0
         bits = int32 if RB < 32 else int64
-        ALL, PADDED = (1 << RB) - 1, threads.RA * TY - Br + RB * TX - Bc
+        PADDED = threads.RA * TY - Br + RB * TX - Bc
 
         @device_function
         def key_blocks(i0, N_q, N_k, lo, hi):
@@ -49,13 +52,14 @@ class Visit:
 
         @device_function
         def look(rseen, mask, i0, j0, N_q, N_k, lo, hi, ty, tx):
-            """Bit e of rseen[a]: whether the thread's row a sees its column e.  Returns 1 if any does."""
+            """Bit e of rseen[a]: whether the thread's row a sees its column e.
+
+            Returns ALL if every pair of the tile is seen (then rseen is not set), else SOME or NONE, for this thread.
+            """
             if PADDED == 0 and not BOOLEAN and i0 + Br <= N_q and j0 + Bc <= N_k:
                 if not BANDED or (i0 + Br - 1 + lo <= j0 and j0 + Bc - 1 <= i0 + hi):
-                    for a in range(RA):
-                        rseen[a] = ALL
-                    return 1
-            any_seen = 0
+                    return ALL
+            any_seen = NONE
             for a in range(RA):
                 r, i, seen = ty + a * TY, i0 + ty + a * TY, 0
                 if r < Br and i < N_q:
@@ -67,18 +71,22 @@ class Visit:
                                     seen |= 1 << e
                 rseen[a] = seen
                 if seen != 0:
-                    any_seen = 1
+                    any_seen = SOME
             return any_seen
 
         @device_function
-        def score(rS, rseen, scale, softcap):
-            """S = scale · S, softcapped, -inf where the mask hides the key."""
+        def score(rS, rseen, seen, scale, softcap):
+            """S = scale · S, softcapped, -inf where the mask hides the key; seen is what `look` returned."""
             for a in range(RA):
                 for e in range(RB):
-                    s = rS[a, e] * scale
+                    rS[a, e] *= scale
                     if SOFTCAP:
-                        s = softcap * tanh(s / softcap)
-                    rS[a, e] = s if (rseen[a] >> e) & 1 else NEG_INF
+                        rS[a, e] = softcap * tanh(rS[a, e] / softcap)
+            if seen != ALL:
+                for a in range(RA):
+                    for e in range(RB):
+                        if (rseen[a] >> e) & 1 == 0:
+                            rS[a, e] = NEG_INF
 
         @device_function
         def slope(s, softcap):

@@ -80,8 +80,8 @@ def build(problem, tile, device):
             for g in range(group * Tr):  # line 9, for every query head of the group
                 h, i0 = h_kv * group + g // Tr, g % Tr * Br
                 end = min(i0 + Br, N_q)
-                any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
-                any_seen = cuda.syncthreads_or(any_seen)  # and the step before has been computed
+                seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
+                any_seen = cuda.syncthreads_or(seen)  # and the step before has been computed
                 load_QdO(sQ, sdO, Q[b, :, h], dO[b, :, h], i0, end, ty, tx)  # line 10
                 load_rows(sLSE, LSE[b, h], i0, end, thread)
                 cuda.syncthreads()
@@ -102,7 +102,7 @@ def build(problem, tile, device):
                     # S = scale · Q Kᵀ, softcapped and masked;  dP = dO Vᵀ  [Br, Bc]   lines 11-13, 17
                     clear_S(rS, ZERO)
                     QKt(rS, sQ, sK, ty, tx)
-                    score(rS, rseen, scale, softcap)
+                    score(rS, rseen, seen, scale, softcap)
                     clear_S(rdP, ZERO)
                     dOVt(rdP, sdO, sV, ty, tx)
 
@@ -111,7 +111,7 @@ def build(problem, tile, device):
                         lse, D = sLSE[ty + a * TY], sD[ty + a * TY]
                         for e in range(RB):
                             s, p = rS[a, e], ZERO
-                            if (rseen[a] >> e) & 1 and lse != NEG_INF:
+                            if s != NEG_INF and lse != NEG_INF:
                                 p = exp(s - lse)
                             rS[a, e] = p
                             rdP[a, e] = p * (rdP[a, e] - D) * slope(s, softcap) * scale if p != ZERO else ZERO

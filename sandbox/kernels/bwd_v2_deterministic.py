@@ -95,9 +95,9 @@ def build(problem, tile, device):
         for g in range(group * (end - first)):  # line 8, for every query head of the group
             h, i0 = h_kv * group + g // (end - first), (first + g % (end - first)) * Br
             i1 = min(i0 + Br, N_q)
-            any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
+            seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
             if BOOLEAN:
-                if cuda.syncthreads_or(any_seen) == 0:
+                if cuda.syncthreads_or(seen) == 0:
                     continue
             cuda.syncthreads()  # the step before has been computed
             load_QdO(sQ, sdO, Q[b, :, h], dO[b, :, h], i0, i1, ty, tx)  # line 9
@@ -108,7 +108,7 @@ def build(problem, tile, device):
             # S = scale · Q Kᵀ, softcapped and masked;  dP = dO Vᵀ  [Br, Bc]   lines 10, 13
             clear_S(rS, ZERO)
             QKt(rS, sQ, sK, ty, tx)
-            score(rS, rseen, scale, softcap)
+            score(rS, rseen, seen, scale, softcap)
             clear_S(rdP, ZERO)
             dOVt(rdP, sdO, sV, ty, tx)
 
@@ -117,7 +117,7 @@ def build(problem, tile, device):
                 lse, delta = sLSE[ty + a * TY], sD[ty + a * TY]
                 for e in range(RB):
                     s, p = rS[a, e], ZERO
-                    if (rseen[a] >> e) & 1 and lse != NEG_INF:
+                    if s != NEG_INF and lse != NEG_INF:
                         p = exp(s - lse)
                     rS[a, e] = p
                     rdP[a, e] = p * (rdP[a, e] - delta) * slope(s, softcap) * scale if p != ZERO else ZERO
@@ -168,9 +168,9 @@ def build(problem, tile, device):
         first, end = key_blocks(i0, N_q, N_k, lo, hi)
         for j in range(first, end):
             j0 = j * Bc
-            any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
+            seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
             if BOOLEAN:
-                if cuda.syncthreads_or(any_seen) == 0:
+                if cuda.syncthreads_or(seen) == 0:
                     continue
             cuda.syncthreads()  # the step before has been computed
             load_KV(sK, sV, K[b, :, h // group], V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
@@ -179,7 +179,7 @@ def build(problem, tile, device):
             # S = scale · Q Kᵀ, softcapped and masked;  dP = dO Vᵀ  [Br, Bc]
             clear_S(rS, ZERO)
             QKt(rS, sQ, sK, ty, tx)
-            score(rS, rseen, scale, softcap)
+            score(rS, rseen, seen, scale, softcap)
             clear_S(rdP, ZERO)
             dOVt(rdP, sdO, sV, ty, tx)
 
@@ -188,7 +188,7 @@ def build(problem, tile, device):
                 lse, delta = sLSE[ty + a * TY], sD[ty + a * TY]
                 for e in range(RB):
                     s, p = rS[a, e], ZERO
-                    if (rseen[a] >> e) & 1 and lse != NEG_INF:
+                    if s != NEG_INF and lse != NEG_INF:
                         p = exp(s - lse)
                     rdP[a, e] = p * (rdP[a, e] - delta) * slope(s, softcap) * scale if p != ZERO else ZERO
             put_S(sdS, rdP, ty, tx)

@@ -77,8 +77,8 @@ def build(problem, tile, device):
             for i in range(Tr):  # line 7
                 i0 = i * Br
                 end = min(i0 + Br, N_q)
-                any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
-                any_seen = cuda.syncthreads_or(any_seen)  # and the step before has been computed
+                seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
+                any_seen = cuda.syncthreads_or(seen)  # and the step before has been computed
                 load_Q(sQ, Q[b, :, h], i0, end, ty, tx)  # line 8
                 if j > 0:
                     load_rows(sl, l[b, h], i0, end, thread)
@@ -95,7 +95,7 @@ def build(problem, tile, device):
                 # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]   line 9
                 clear_S(rS, ZERO)
                 QKt(rS, sQ, sK, ty, tx)
-                score(rS, rseen, scale, softcap)
+                score(rS, rseen, seen, scale, softcap)
 
                 # m̃, P̃, l̃ and m_new, l_new; alpha = exp(m - m_new)   lines 10-11
                 fill_rows(rl, ZERO)

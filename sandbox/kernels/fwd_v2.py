@@ -13,7 +13,7 @@ from ..variant import Variant
 
 
 def layout(problem, tile, device):
-    t = Threads.of(tile, problem.d, device)
+    t = Threads.of(tile, problem.d, device, overhead=120)
     rows, keys, columns = t.Br_padded, t.Bc_padded, t.d_padded
     return t, Shared(sQ=(rows, columns), sK=(keys, columns), sV=(keys, columns), sP=(rows, keys))
 
@@ -70,9 +70,9 @@ def build(problem, tile, device):
         first, end = key_blocks(i0, N_q, N_k, lo, hi)
         for j in range(first, end):
             j0 = j * Bc
-            any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
+            seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
             if BOOLEAN:
-                if cuda.syncthreads_or(any_seen) == 0:
+                if cuda.syncthreads_or(seen) == 0:
                     continue
             cuda.syncthreads()  # the tiles of the step before have been read
             load_KV(sK, sV, K[b, :, h // group], V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
@@ -81,7 +81,7 @@ def build(problem, tile, device):
             # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]
             clear_S(rS, ZERO)
             QKt(rS, sQ, sK, ty, tx)
-            score(rS, rseen, scale, softcap)
+            score(rS, rseen, seen, scale, softcap)
 
             # m, l, P̃ = exp(S - m)
             update(rS, rm, rl, ralpha)

@@ -85,8 +85,8 @@ def build(problem, tile, device):
                 if j < first_j or j >= end_j:
                     continue
                 first, last = j == first_j, j == end_j - 1
-                any_seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
-                any_seen = cuda.syncthreads_or(any_seen)  # and the step before has been computed
+                seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
+                any_seen = cuda.syncthreads_or(seen)  # and the step before has been computed
                 if BOOLEAN:
                     if any_seen == 0 and not first and not last:
                         continue
@@ -107,7 +107,7 @@ def build(problem, tile, device):
                     # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]
                     clear_S(rS, ZERO)
                     QKt(rS, sQ, sK, ty, tx)
-                    score(rS, rseen, scale, softcap)
+                    score(rS, rseen, seen, scale, softcap)
 
                     # m, l, P̃ = exp(S - m)
                     fill_rows(rl, ZERO)
