@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import click
 
 import experiments
-from sandbox import records
+from sandbox import catalog, records
 
 from . import common
 
@@ -47,10 +46,13 @@ class PerExperiment(click.Group):
 
     def resolve_command(self, ctx, args):
         if not args[0].startswith("-") and find(args[0]) is None:
-            near = difflib.get_close_matches(args[0], names(), cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
-            raise click.UsageError(f"no experiment is named {args[0]!r}: {hint}")
+            raise click.UsageError(f"no experiment is named {args[0]!r}: {catalog.nearest(args[0], names())}")
         return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx, args):
+        if not args:
+            raise click.UsageError(f"name an experiment: there are {', '.join(names())}")
+        return super().parse_args(ctx, args)
 
 
 def run_command(experiment) -> click.Command:

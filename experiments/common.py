@@ -18,11 +18,11 @@ from pathlib import Path
 
 import click
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 from sandbox import catalog, records, target
 from sandbox.device import simulator
+from sandbox.mask import Mask
 from sandbox.measure import counters, formulas, gate, timing
 from sandbox.problem import Problem
 from sandbox.variant import Device, Infeasible, Tile
@@ -34,6 +34,7 @@ WRITTEN = ("O", "l", "m", "LSE", "dQ", "dK", "dV", "D")
 OutOfMemory = torch.OutOfMemoryError
 PATIENCE_S = 120  # a longer run on the simulator asks for --force
 POOL_PAYS_S = 8  # a shorter one is not worth starting other processes for
+MOST_WORKERS = 3  # each takes about 0.4 GB, of the 2 GB that an experiment may
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,7 @@ def empty_row() -> dict:
 
 
 def measure(point: Point) -> dict:
-    """The row's measured fields: gate, then traffic, then time.
-
-    A simulated launch is counted; a GPU's is timed, and its bytes read off the hardware counters.
-    """
+    """The row's measured fields: gate, then traffic where the launch is simulated, else time."""
     row = empty_row()
     if point.infeasible:
         return row
@@ -145,8 +143,6 @@ def measure(point: Point) -> dict:
         row |= counted(verdict.traffic)
     if verdict.passed and not device.simulated:
         row |= timed(timing.time(verdict), point)
-        if point.count_bytes:
-            row |= counted_bytes(point)
     return row
 
 
@@ -173,17 +169,6 @@ def timed(t: timing.Timing, point: Point) -> dict:
     }  # fmt: skip
 
 
-def counted_bytes(point: Point) -> dict:
-    """The fields of the hardware counters, or the reason why there are none."""
-    found, reason = counters.count(point.variant, point.direction, point.problem, point.tile, point.seed)
-    if found is None:
-        return {"no_counters": reason}
-    return {
-        "dram_read_bytes": found.dram_read_bytes, "dram_write_bytes": found.dram_write_bytes,
-        "dram_bytes": found.dram_bytes, "l2_bytes": found.l2_bytes,
-    }  # fmt: skip
-
-
 def _finite(x: float) -> float | None:
     return float(x) if math.isfinite(x) else None
 
@@ -197,6 +182,9 @@ def run(experiment: Experiment, out: Path, fresh: bool, force: bool, options: di
     Raises click.UsageError, before anything is launched or written, on bad input.
     """
     device = target.device()
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise click.UsageError(f"--out {out}: {there.name or there} is no folder that can be written to")
     try:
         points = experiment.plan(device, **options)
         log = records.Log(out, experiment.name, experiment.key)
@@ -218,11 +206,12 @@ def run(experiment: Experiment, out: Path, fresh: bool, force: bool, options: di
     try:
         with tqdm(total=len(points), initial=len(points) - len(pending), unit="point", desc=experiment.name) as bar:
             for p, measured in _measured(experiment.measure, pending, device, seconds):
-                rows[id(p)] = (
-                    p.fields() | measured | stamp | {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-                )
+                now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+                rows[id(p)] = p.fields() | measured | stamp | {"time": now}
                 log.append(rows[id(p)])
                 bar.update()
+        if not device.simulated:
+            _count_bytes([(p, rows[id(p)]) for p in points], log)
     except KeyboardInterrupt:
         done = sum(row is not None for row in rows.values())
         click.echo(f"\nstopped: {done} of {len(points)} points are in {log.path}; the same command goes on", err=True)
@@ -234,6 +223,22 @@ def run(experiment: Experiment, out: Path, fresh: bool, force: bool, options: di
     for row in failed:
         click.echo(f"{row['variant']} N={row['N']} tile {row['Br']}x{row['Bc']} {row['gate']}", err=True)
     return not failed
+
+
+def _count_bytes(measured: list[tuple[Point, dict]], log: records.Log):
+    """Fills in what the hardware counters say about the launches that were timed: one child process for all of them."""
+    lacking = [(p, row) for p, row in measured if p.count_bytes and row["seconds"] and row["dram_bytes"] is None]
+    if not lacking:
+        return
+    click.echo(f"reading the hardware counters of {len(lacking)} launches", err=True)
+    torch.cuda.empty_cache()  # the child needs room on the GPU
+    wanted = [counters.Wanted(p.variant, p.direction, p.problem, p.tile, p.seed) for p, _ in lacking]
+    found, reason = counters.count(wanted)
+    for (_, row), one in zip(lacking, found):
+        row["no_counters"] = None if one else reason
+        for name in ("dram_read_bytes", "dram_write_bytes", "dram_bytes", "l2_bytes") if one else ():
+            row[name] = getattr(one, name)
+        log.append(row)
 
 
 def report(experiment: Experiment, rows: list[dict], out: Path):
@@ -260,7 +265,7 @@ def like_the_last(experiment: Experiment, rows: list[dict]) -> list[dict]:
 
 
 def _workers(points) -> int:
-    return max(1, min(os.cpu_count() or 1, len(points)))
+    return max(1, min(os.cpu_count() or 1, len(points), MOST_WORKERS))
 
 
 def _measured(measure, points, device, seconds):
@@ -269,7 +274,7 @@ def _measured(measure, points, device, seconds):
         for p in points:
             yield p, measure(p)
         return
-    points = sorted(points, key=Point.seconds, reverse=True)
+    points = sorted(points, key=lambda p: p.seconds(), reverse=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(_workers(points), context, _start_worker) as pool:
         try:
@@ -291,6 +296,9 @@ def _start_worker():
 # ---- options that experiments have in common ------------------------------------------------------------------------
 
 
+SIZE = click.IntRange(1, 2**20)
+
+
 class Integers(click.ParamType):
     """`--seqlen 64,128`: positive integers between commas; the option may be repeated too."""
 
@@ -303,8 +311,8 @@ class Integers(click.ParamType):
             numbers = tuple(int(word) for word in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is not an integer, nor several between commas", param, ctx)
-        if min(numbers) < 1:
-            self.fail(f"{min(numbers)} is not a positive integer", param, ctx)
+        for number in numbers:
+            SIZE.convert(number, param, ctx)
         return numbers
 
 
@@ -317,7 +325,6 @@ def integers(*names, help):
     return click.option(*names, type=Integers(), multiple=True, callback=flatten, help=help)
 
 
-SIZE = click.IntRange(min=1)
 INPUT = click.option("--input", type=click.Choice(inputs.NAMES), help="Real or random; real where nothing is timed.")
 HEAD_DIM = click.option("--head-dim", type=SIZE, help="d; 32 for minilm, else 64.")
 BATCH = click.option("--batch", type=SIZE, default=1, show_default=True, help="B")
@@ -336,7 +343,7 @@ def table(rows: list[dict], columns: list[tuple[str, Callable[[dict], object]]])
     """One line a row; columns are (heading, row -> cell), and one whose cells are all None is left out."""
     cells = [[cell(row) for row in rows] for _, cell in columns]
     shown = [n for n, column in enumerate(cells) if any(cell is not None for cell in column)]
-    return tabulate(
+    return records.tabulate(
         list(zip(*(cells[n] for n in shown))), [columns[n][0] for n in shown], "simple", missingval="–",
         disable_numparse=True, colalign=["right" if all(map(_numeric, cells[n])) else "left" for n in shown],
     )  # fmt: skip
@@ -356,6 +363,12 @@ def count(n: float | None) -> str | None:
     return f"{n:,.0f}"
 
 
+def short(n: float) -> str:
+    """Three digits: 830M · 55.2k."""
+    power = 9 if n >= 1e9 else 6 if n >= 1e6 else 3 if n >= 1e3 else 0
+    return f"{n / 10**power:.3g}" + {9: "G", 6: "M", 3: "k", 0: ""}[power]
+
+
 def number(n: int) -> str:
     """For a sentence: to the last digit while it can be read."""
     return f"{n:,}" if n < 1e7 else f"{n / 1e9:.3g} G" if n >= 1e9 else f"{n / 1e6:.3g} M"
@@ -363,6 +376,11 @@ def number(n: int) -> str:
 
 def gigabytes(n: int) -> str:
     return f"{n / 1e9:.3g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"
+
+
+def problem_of(row: dict) -> Problem:
+    mask = Mask(row["causal"])
+    return Problem(row["B"], row["H"], row["H"], row["N"], row["N"], row["d"], row["dtype"], mask=mask)
 
 
 def total(row: dict) -> int | None:
@@ -377,3 +395,26 @@ def agrees(row: dict) -> bool | None:
     """Whether counted and formula totals are equal; None where one of them is missing."""
     pairs = [(row[f"{way}_total"], row[f"formula_{way}_total"]) for way in ("reads", "writes")]
     return None if any(None in pair for pair in pairs) else all(a == b for a, b in pairs)
+
+
+def ratio(x: float, over: str, under: str) -> str:
+    """`1.41 times fewer`, or `1.2 times more` where x is below 1."""
+    return f"{x:.3g} times {over}" if x >= 1 else f"{1 / x:.3g} times {under}"
+
+
+def milliseconds(row: dict) -> str:
+    ms = row["seconds"] * 1e3
+    return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+
+
+OUTCOME = (  # the last columns of a table
+    ("accesses", lambda row: count(total(row))),
+    ("formula", lambda row: {True: "= equal", False: "DIFFERS"}.get(agrees(row))),
+    ("DRAM", lambda row: row["dram_bytes"] and gigabytes(row["dram_bytes"])),
+    ("L2", lambda row: row["l2_bytes"] and gigabytes(row["l2_bytes"])),
+    ("time", lambda row: row["seconds"] and milliseconds(row)),
+    ("TFLOP/s", lambda row: row["tflops"] and f"{row['tflops']:.2f}"),
+    ("max\nerror", lambda row: row["max_error"] and f"{row['max_error']:.1e}"),
+    ("gate", lambda row: row["gate"]),
+    ("cannot run", lambda row: row["infeasible"]),
+)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import click
+import torch
 
 from sandbox import catalog
 from sandbox.mask import Mask
@@ -19,7 +20,7 @@ from sandbox.problem import Problem
 from sandbox.variant import Device, Tile
 
 from . import common, inputs, picture
-from .common import Experiment, agrees, count, gigabytes, number, total
+from .common import Experiment, count, gigabytes, milliseconds, number, problem_of, ratio, total
 
 FORWARD = ("fwd_v1", "fwd_v2_kv_outer", "fwd_v2_one_block", "fwd_v2")
 BACKWARD = ("bwd_v1", "bwd_v2", "bwd_v2_deterministic")
@@ -71,8 +72,10 @@ def measure(point: common.Point) -> dict:
         x = inputs.make(point.input, point.problem, point.seed)
         row |= common.timed(timing.time_launch(standard.launcher(point.problem, x, point.direction)), point)
     except common.OutOfMemory:
-        return row | {"infeasible": "S and P do not fit in the GPU's memory"}
-    return row | (common.counted_bytes(point) if point.count_bytes else {})
+        row |= {"infeasible": "S and P do not fit in the GPU's memory"}
+    x = None
+    torch.cuda.empty_cache()  # what S and P took is many times what any kernel takes
+    return row
 
 
 # ---- what the rows say ----------------------------------------------------------------------------------------------
@@ -87,8 +90,9 @@ class Facts:
 
     @classmethod
     def of(cls, rows: list[dict]) -> Facts | None:
-        """None where the two controls have no row in common."""
-        done = [row for row in rows if total(row) is not None and not row["infeasible"]]
+        """None where there is no N at which every forward variant ran and passed the gate."""
+        sound = [row for row in rows if row["gate"] in ("passed", None) and not row["infeasible"]]
+        done = [row for row in sound if total(row) is not None]
         for N in sorted({row["N"] for row in done}, reverse=True):
             at_N = {(row["variant"], row["direction"]): row for row in done if row["N"] == N}
             if all((name, "fwd") in at_N for name in FORWARD):
@@ -120,10 +124,6 @@ class Facts:
         return self[before]["seconds"] / self[after]["seconds"]
 
 
-def problem_of(row: dict) -> Problem:
-    return Problem(row["B"], row["H"], row["H"], row["N"], row["N"], row["d"], row["dtype"], mask=Mask(row["causal"]))
-
-
 def thread_blocks(row: dict) -> int:
     return row["B"] * row["H"] * (-(-row["N"] // row["Br"]) if row["variant"] == "fwd_v2" else 1)
 
@@ -131,7 +131,7 @@ def thread_blocks(row: dict) -> int:
 def answer(rows: list[dict]) -> str:
     facts = Facts.of(rows)
     if facts is None:
-        return f"{ERRATUM}\n\nNo N at which every forward variant ran with this tile: nothing to compare."
+        return f"Nothing to compare: at no N every forward variant ran with this tile and passed the gate.\n\n{ERRATUM}"
     parts = [because(facts), on_the_grid(facts)]
     if facts.has(*BACKWARD):
         parts.append(backward(facts))
@@ -149,14 +149,14 @@ def because(facts: Facts) -> str:
 
     text = (
         f"Why swap the loops?  At N={facts.N}, d={row['d']}, tile {row['Br']}x{row['Bc']}, with Q outside a forward "
-        f"takes {number(total(q))} global accesses instead of {number(total(kv))}: {_times(fewer, 'fewer', 'more')} "
+        f"takes {number(total(q))} global accesses instead of {number(total(kv))}: {ratio(fewer, 'fewer', 'more')} "
         f"by the loop alone.  O, l and m stay on chip ({change('O', 'l', 'm')}) and Q is read once ({change('Q')}); "
         f"re-reading K and V for every row block ({change('K', 'V')}) costs "
         f"{'less' if fewer > 1 else 'more, with this tile,'} than that."
     )
     if facts.timed:
         faster = facts.faster("fwd_v2_kv_outer", "fwd_v2_one_block")
-        text += f"  In time: {_ms(kv)} become {_ms(q)}, {_times(faster, 'faster', 'slower')}."
+        text += f"  In time: {milliseconds(kv)} become {milliseconds(q)}, {ratio(faster, 'faster', 'slower')}."
     return text
 
 
@@ -169,7 +169,7 @@ def on_the_grid(facts: Facts) -> str:
         text += f"takes accesses from {number(total(one))} to {number(total(many))}"
     if facts.timed:
         faster = facts.faster("fwd_v2_one_block", "fwd_v2")
-        return text + f" and takes {_ms(one)} to {_ms(many)}: {_times(faster, 'faster', 'slower')}."
+        return text + f" and takes {milliseconds(one)} to {milliseconds(many)}: {ratio(faster, 'faster', 'slower')}."
     return text + "; what it is worth is time, which the simulator cannot tell."
 
 
@@ -180,7 +180,7 @@ def backward(facts: Facts) -> str:
         f"adds), {number(total(twice))} (v2, deterministic)"
     )
     if all(row["seconds"] for row in (v1, v2, twice)):
-        text += f"; {_ms(v1)}, {_ms(v2)}, {_ms(twice)}"
+        text += f"; {milliseconds(v1)}, {milliseconds(v2)}, {milliseconds(twice)}"
     return text + "."
 
 
@@ -194,7 +194,7 @@ def claim_3(facts: Facts):
     """v1 cuts HBM accesses, not FLOPs; the saving is what makes it fast."""
     v1, floor = facts["fwd_v1"], formulas.standard(facts.problem).total
     fewer = floor / total(v1)
-    why = f"fwd_v1 takes {number(total(v1))} accesses, {_times(fewer, 'fewer', 'more')} than standard attention's floor"
+    why = f"fwd_v1 takes {number(total(v1))} accesses, {ratio(fewer, 'fewer', 'more')} than standard attention's floor"
     std = facts.rows.get((standard.NAME, "fwd"))
     if std and std["dram_bytes"] and v1["dram_bytes"]:
         fewer = std["dram_bytes"] / v1["dram_bytes"]
@@ -203,7 +203,7 @@ def claim_3(facts: Facts):
         why += "; whether that makes it fast is not measurable here"
         return 3, "holds in part" if fewer > 1 else "does not hold with this tile", why
     faster = std["seconds"] / v1["seconds"]
-    why += f"; {_ms(v1)} against {_ms(std)}, {_times(faster, 'faster', 'slower')}"
+    why += f"; {milliseconds(v1)} against {milliseconds(std)}, {ratio(faster, 'faster', 'slower')}"
     return 3, _verdict(fewer > 1, faster > 1), why
 
 
@@ -212,7 +212,11 @@ def claim_6(facts: Facts):
     v1, S = facts["fwd_v1"], 4 * facts.row["B"] * facts.row["H"] * facts.N**2
     saved = f"three kernels would pass S and P on in {number(S)} accesses"
     if v1["reads_total"] is None:
-        return 6, "holds", f"one launch passes the gate, and is given no room for S and P; {saved}"
+        why, fused = f"one launch, given no room for S and P, passes the gate; {saved}", True
+        if v1["dram_bytes"]:
+            fused = v1["dram_bytes"] < S * facts.problem.itemsize
+            why += f", {gigabytes(S * facts.problem.itemsize)}; DRAM moved {gigabytes(v1['dram_bytes'])}"
+        return 6, _verdict(v1["gate"] == "passed", fused), why
     known = ("Q", "K", "V", "O", "l", "m", "LSE")
     touched = sum(v1.get(f"{way}_{array}", 0) for way in ("reads", "writes") for array in known)
     holds = touched == total(v1) and v1["gate"] == "passed"
@@ -228,7 +232,7 @@ def claim_7(facts: Facts):
         why = f"Q is read {_often(q['reads_Q'] / once)} with Q outside, {_often(kv['reads_Q'] / once)} with K/V outside"
     else:
         why = "Q is read once, by the formula that the simulator's counts equal"
-    why += f"; accesses are {_times(fewer, 'fewer', 'more')}"
+    why += f"; accesses are {ratio(fewer, 'fewer', 'more')}"
     falls = [fewer > 1]
     for name, field in (("L2", "l2_bytes"), ("DRAM", "dram_bytes")):
         if kv[field] and q[field]:
@@ -245,16 +249,12 @@ def claim_8(facts: Facts):
         return 8, "not measurable here", f"{_blocks(one, many)}, but the simulator has no time"
     faster = facts.faster("fwd_v2_one_block", "fwd_v2")
     verdict = "holds for thread blocks" if faster > 1.05 else "does not show"
-    time = f"{_ms(one)} become {_ms(many)}, {_times(faster, 'faster', 'slower')}"
+    time = f"{milliseconds(one)} become {milliseconds(many)}, {ratio(faster, 'faster', 'slower')}"
     return 8, verdict, f"{_blocks(one, many)}, {time}; warps: not asked here"
 
 
 def _verdict(*parts: bool) -> str:
     return "holds" if all(parts) else "holds in part" if any(parts) else "does not hold"
-
-
-def _times(ratio: float, over: str, under: str) -> str:
-    return f"{ratio:.3g} times {over}" if ratio >= 1 else f"{1 / ratio:.3g} times {under}"
 
 
 def _often(n: float) -> str:
@@ -264,11 +264,6 @@ def _often(n: float) -> str:
 def _blocks(one: dict, many: dict) -> str:
     n = thread_blocks(one)
     return f"{n:,} thread block{'s' * (n != 1)} become{'s' * (n == 1)} {thread_blocks(many):,}"
-
-
-def _ms(row: dict) -> str:
-    ms = row["seconds"] * 1e3
-    return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
 
 
 # ---- table ----------------------------------------------------------------------------------------------------------
@@ -289,18 +284,9 @@ def _columns(direction: str):
         ("variant", lambda row: row["variant"]),
         ("loop", lambda row: row["loop_order"]),
         ("N", lambda row: row["N"]),
-        ("tile", lambda row: f"{row['Br']}x{row['Bc']}"),
-        *((f"reads {group}", _sum("reads", group)) for group in reads),
-        *((f"writes {group}", _sum("writes", group)) for group in writes),
-        ("accesses", lambda row: count(total(row))),
-        ("formula", lambda row: {True: "= equal", False: "DIFFERS"}.get(agrees(row))),
-        ("DRAM", lambda row: count(row["dram_bytes"])),
-        ("L2", lambda row: count(row["l2_bytes"])),
-        ("ms", lambda row: row["seconds"] and f"{row['seconds'] * 1e3:.3f}"),
-        ("TFLOP/s", lambda row: row["tflops"] and f"{row['tflops']:.2f}"),
-        ("max error", lambda row: row["max_error"] and f"{row['max_error']:.1e}"),
-        ("gate", lambda row: row["gate"]),
-        ("cannot run", lambda row: row["infeasible"]),
+        *((f"reads\n{group}", _sum("reads", group)) for group in reads),
+        *((f"writes\n{group}", _sum("writes", group)) for group in writes),
+        *common.OUTCOME,
     ]
 
 
@@ -332,7 +318,7 @@ def draw(rows: list[dict]):
     row = facts.row if facts else rows[0]
     subtitle = f"{picture.setup(row)} · tile {row['Br']}x{row['Bc']}"
     if facts is None:
-        return picture.page("Nothing to compare: not every variant ran with this tile", subtitle, (12, 1.2))
+        return picture.page("Nothing to compare: not every variant ran and passed the gate", subtitle, (12, 1.2))
     width = 14.5 if facts.timed else 12
     figure = picture.page(_title(facts), subtitle, (width, 7.1))
 
@@ -345,7 +331,7 @@ def draw(rows: list[dict]):
     _bars(axes(5.1, 0.09, 5.0 if facts.timed else 6.7, 0.26), facts, "bwd")
     how = "as counted; outlined: the formula" if facts.row["reads_total"] is not None else "by the formula"
     key = f"filled: read, hatched: written, {how}; yellow: l, m, LSE, D; orange: dK, dV; ×: of v2"
-    figure.text(5.1 / width, 0.012, key, fontsize=9.5, color=picture.GREY)
+    figure.text(4.1 / width, 0.012, key, fontsize=9.5, color=picture.GREY)
     if facts.timed:
         _speed(axes(10.65, 0.47, 2.1, 0.335), rows, "fwd")
         _speed(axes(10.65, 0.09, 2.1, 0.26), rows, "bwd")
@@ -354,10 +340,10 @@ def draw(rows: list[dict]):
 
 def _title(facts: Facts) -> str:
     fewer = facts.fewer("fwd_v2_kv_outer", "fwd_v2_one_block")
-    title = f"With Q outside, O, l and m stay on chip: {_times(fewer, 'fewer', 'more')} global accesses"
+    title = f"With Q outside, O, l and m stay on chip: {ratio(fewer, 'fewer', 'more')} global accesses"
     if facts.timed:
         faster = facts.faster("fwd_v1", "fwd_v2")
-        title += f",\nand row blocks run side by side: from v1 to v2, {_times(faster, 'faster', 'slower')}"
+        title += f",\nand row blocks run side by side: from v1 to v2, {ratio(faster, 'faster', 'slower')}"
     return title
 
 
@@ -392,11 +378,12 @@ INKS = {picture.SKY: "#1f7fb8", picture.BLUE: picture.BLUE, picture.VERMILION: "
 def _bars(axes, facts: Facts, direction: str):
     """Accesses by array: filled as counted, or else as the formula says; outlined by the formula."""
     names = [name for name in (FORWARD if direction == "fwd" else BACKWARD) if facts.has(name)]
-    tile, v2 = Tile(facts.row["Br"], facts.row["Bc"]), total(facts[f"{direction}_v2"])
+    tile = Tile(facts.row["Br"], facts.row["Bc"])
+    v2 = formulas.traffic(f"{direction}_v2", facts.problem, tile).total
     bars = [(formulas.standard(facts.problem, direction), facts.rows.get((standard.NAME, direction)))]
     bars += [(formulas.traffic(name, facts.problem, tile), facts[name]) for name in names]
     widest = max(formula.total for formula, _ in bars)
-    span = (1.22 if facts.row["dram_bytes"] is None else 1.3) * widest
+    span = (1.22 if facts.row["dram_bytes"] is None else 1.5) * widest
     axes.set(xlim=(0, span), ylim=(len(bars) - 0.5, -0.5))
     for y, (formula, row) in enumerate(bars):
         left = 0
@@ -420,7 +407,7 @@ def _bars(axes, facts: Facts, direction: str):
     if direction == "fwd" and facts.row["dram_bytes"] is None:
         for y, step, (before, after) in ((2, "loop", CONTROLS), (3, "grid", (CONTROLS[1], "fwd_v2"))):
             fewer = facts.fewer(before, after)
-            words = "no fewer" if fewer == 1 else _times(fewer, "fewer", "more")
+            words = "no fewer" if fewer == 1 else ratio(fewer, "fewer", "more")
             _bracket(axes, 0.93 * widest, y, f"the {step} alone:\n{words}")
     axes.set_title(f"{'Forward' if direction == 'fwd' else 'Backward'}: global accesses, in elements, N={facts.N}")
 

@@ -102,3 +102,17 @@ def label_ends(axes, labels, gap=0.05):
 
 def few_ticks():
     return MaxNLocator(5)
+
+
+def frame(x, y):
+    """Around a cell of a map."""
+    return Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=VERMILION, linewidth=2.5)
+
+
+def round_ticks(axes, words):
+    """1, 2, 5, 10, ... on a logarithmic y axis whose limits are final."""
+    low, high = axes.get_ylim()
+    ticks = [digit * 10.0**power for power in range(-12, 18) for digit in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_yticks(ticks, [words(tick) for tick in ticks])
+    axes.minorticks_off()

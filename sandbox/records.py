@@ -30,12 +30,15 @@ from importlib import metadata
 from pathlib import Path
 
 import click
-from tabulate import tabulate
+import tabulate as tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 PACKAGES = ("numpy", "torch", "numba", "numba-cuda")
 PROVENANCE = ("device", "revision", "source")  # a row measured under other values of these is not resumed
+
+tables.MIN_PADDING = 0  # a column is as wide as its words, in every table of ours
+tabulate = tables.tabulate
 
 
 # ---- where a row comes from -----------------------------------------------------------------------------------------
@@ -43,10 +46,13 @@ PROVENANCE = ("device", "revision", "source")  # a row measured under other valu
 
 @functools.cache
 def revision() -> str | None:
-    """The commit, with -dirty where sandbox/ or experiments/ differ from it; None outside git."""
+    """The commit, with -dirty where sandbox/ or experiments/ differ from it.
+
+    Outside git (a copy on a GPU machine, say) what SANDBOX_REVISION names, or None.
+    """
     commit = _git("rev-parse", "--short", "HEAD")
     if commit is None:
-        return None
+        return os.environ.get("SANDBOX_REVISION") or None
     return commit + ("-dirty" if _git("status", "--porcelain", "--", "sandbox", "experiments") else "")
 
 
@@ -202,7 +208,9 @@ def _shown(value) -> str:
         return str(value).lower()
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 100_000 else str(value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
 
 
 @click.command()

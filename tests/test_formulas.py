@@ -3,11 +3,13 @@
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sandbox import catalog, target
 from sandbox.mask import Mask
-from sandbox.measure import formulas
+from sandbox.measure import formulas, gate
 from sandbox.problem import Problem
 from sandbox.variant import Tile
 
@@ -166,6 +168,38 @@ def test_formula_equals_the_walk(name, problem, tile):
     assert moved(formula.reads) == moved(walker.reads)
     assert moved(formula.writes) == moved(walker.writes)
     assert formula.total == sum(walker.reads.values()) + sum(walker.writes.values())
+
+
+@pytest.mark.skipif(target.KIND != "simulator", reason="accesses are counted on the simulator")
+@pytest.mark.parametrize("name", WALKS)
+@given(problem=problems(), tile=tiles)
+def test_counted_equals_the_formula(name, problem, tile):
+    """Whatever the numbers in Q, K, V are: the walk depends on the shapes alone."""
+    from sandbox.device import simulator
+
+    p, variant = problem, catalog.find(name)
+    inputs = gate.gaussian(p, seed=0)
+    seen = torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(p.B, p.H, 1, 1)
+    O, LSE = torch.zeros_like(inputs.q), torch.zeros(p.B, p.H, p.N_q)
+    gradients = [inputs.dO, *(torch.empty_like(x) for x in (inputs.q, inputs.k, inputs.v))]
+    with simulator.counting() as counted:
+        variant.launcher(p, tile, target.device())(
+            p, inputs.q, inputs.k, inputs.v, seen, O, LSE, *(gradients if variant.direction == "bwd" else [])
+        )
+    formula = formulas.traffic(name, p, tile)
+    assert moved(counted.reads) == moved(formula.reads)
+    assert moved(counted.writes) == moved(formula.writes)
+    assert (counted.read_bytes, counted.write_bytes) == (formula.read_bytes, formula.write_bytes)
+
+
+@pytest.mark.skipif(target.KIND != "simulator", reason="accesses are counted on the simulator")
+@pytest.mark.parametrize("name", formulas.SOFTMAX_READS)
+@given(rows=st.integers(0, 9), columns=st.integers(0, 30))
+def test_counted_equals_the_formula_for_softmax(name, rows, columns):
+    counted = gate.check_softmax(catalog.find(name), torch.zeros(rows, columns), target.device()).traffic
+    formula = formulas.softmax(name, rows, columns)
+    assert (moved(counted.reads), moved(counted.writes)) == (moved(formula.reads), moved(formula.writes))
+    assert (counted.read_bytes, counted.write_bytes) == (formula.read_bytes, formula.write_bytes)
 
 
 def test_every_formula_is_walked():

@@ -62,7 +62,7 @@ def build(problem, tile, device):
         ralpha = cuda.local.array(RA, float32)  # [Br]
         rseen = cuda.local.array(RA, bits)  # [Br] x [Bc] bits
 
-        load_Q(sQ, Q[b, :, h], i0, N_q, ty, tx)
+        load_Q(sQ, Q[b, :, h], i0, min(i0 + Br, N_q), ty, tx)
         clear_O(rO, ZERO)
         fill_rows(rm, NEG_INF)
         fill_rows(rl, ZERO)

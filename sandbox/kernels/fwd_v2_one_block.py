@@ -62,7 +62,7 @@ def build(problem, tile, device):
         for i in range(Tr):
             i0 = i * Br
             cuda.syncthreads()  # the last step of the row block before has been computed
-            load_Q(sQ, Q[b, :, h], i0, N_q, ty, tx)
+            load_Q(sQ, Q[b, :, h], i0, min(i0 + Br, N_q), ty, tx)
             clear_O(rO, ZERO)
             fill_rows(rm, NEG_INF)
             fill_rows(rl, ZERO)

@@ -150,6 +150,17 @@ def traffic(name: str, p: Problem, tile: Tile) -> Traffic | None:
     return _traffic(p, *FORMULAS[name](p, tile))
 
 
+SOFTMAX_READS = {"softmax_safe": 3, "softmax_online": 2, "softmax_tiled": 2}  # passes over a row; one of them writes
+
+
+def softmax(name: str, rows: int, columns: int) -> Traffic | None:
+    """Elements that a softmax alone moves, X [rows, columns] -> Y; of float32."""
+    if name not in SOFTMAX_READS:
+        return None
+    n = rows * columns
+    return Traffic({"X": SOFTMAX_READS[name] * n}, {"Y": n}, 4 * SOFTMAX_READS[name] * n, 4 * n)
+
+
 # ---- beside the kernels: the unfused way, and the theorem ----------------------------------------------------------
 
 

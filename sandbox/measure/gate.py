@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import reference
-from ..problem import Problem
+from ..problem import NAMES, Problem
 from ..variant import Device, Tile, Variant
 from .traffic import Traffic
 
@@ -76,26 +76,38 @@ def gaussian(problem: Problem, seed: int, device: torch.device | str = "cpu") ->
     return Inputs(q, k, v, mask, dO)
 
 
-def check(variant: Variant, problem: Problem, tile: Tile, inputs: Inputs, device: Device) -> Verdict:
-    """Runs the variant once and judges it.  A backward gets O and LSE from the oracle, so that it is judged alone.
+def prepare(variant: Variant, problem: Problem, tile: Tile, inputs: Inputs, device: Device):
+    """(launch, outputs): a launch without arguments and the tensors it writes, poisoned with NaN until then.
 
-    Raises Infeasible where the tile does not fit.
+    A backward gets O and LSE from the oracle, so that it is judged alone.  Raises Infeasible where the tile does not
+    fit.
     """
+    launch, _, outputs, _ = _prepare(variant, problem, tile, inputs, device)
+    return launch, outputs
+
+
+def _prepare(variant, problem, tile, inputs, device):
     launcher = variant.launcher(problem, tile, device)
-    q, k, v, mask, dO = inputs.q, inputs.k, inputs.v, inputs.mask, inputs.dO
+    q, k, v, mask = inputs.q, inputs.k, inputs.v, inputs.mask
     seen = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask
     seen = seen.expand(problem.B, problem.H, *((1, 1) if mask is None else (problem.N_q, problem.N_k)))
     O_star, LSE_star = reference.forward(problem, q, k, v, mask)
     if variant.direction == "fwd":
-        outputs = {"O": poisoned(q), "LSE": torch.full_like(LSE_star, torch.nan, dtype=torch.float32)}
         given = {}
+        outputs = {"O": poisoned(q), "LSE": torch.full_like(LSE_star, torch.nan, dtype=torch.float32)}
     else:
+        given = {"O": O_star.to(q.dtype), "LSE": LSE_star.float(), "dO": inputs.dO}
         outputs = {"dQ": poisoned(q), "dK": poisoned(k), "dV": poisoned(v)}
-        given = {"O": O_star.to(q.dtype), "LSE": LSE_star.float(), "dO": dO}
 
     def launch():
         launcher(problem, q, k, v, seen, *given.values(), *outputs.values())
 
+    return launch, given, outputs, (O_star, LSE_star)
+
+
+def check(variant: Variant, problem: Problem, tile: Tile, inputs: Inputs, device: Device) -> Verdict:
+    """Runs the variant once and judges it.  Raises Infeasible where the tile does not fit."""
+    launch, given, outputs, (O_star, LSE_star) = _prepare(variant, problem, tile, inputs, device)
     before = {name: x.clone() for name, x in {**inputs.named(), **given}.items()}
     with _counting(device) as counted:
         launch()
@@ -182,3 +194,47 @@ def _traffic(counted) -> Traffic | None:
     if counted is None:
         return None
     return Traffic(dict(counted.reads), dict(counted.writes), counted.read_bytes, counted.write_bytes)
+
+
+# ---- softmax alone: X [rows, columns] -> Y, each row by itself; a row of -inf gives 0 -------------------------------
+#
+# fp16, bf16  max|Y - Y*| <= 2 max|E - Y*| + u max|Y*|
+# fp32        |Y - Y*| <= 2 max|E - Y*| + 3u·(3 + |z_i| + Σ_j y_j·|z_j|)·y_i elementwise, z = x - max x
+#
+# The latter to first order: z rounds by u·|z|; e^z, being 2^(z·log2 e), by 2u·|z| more and 2 ulp, 4u.  That is an error
+# of e^z relative to itself, which y_i = e^(z_i) / l meets once above and, averaged with weights y_j, once below; the
+# division rounds by u.  An online sum has no other terms: the maxima that a summand is rescaled through only rise, so
+# their differences, and the errors of them, add up to those of z.  How many they are, like the length of a sum, is not
+# counted: 2 max|E - Y*| stands for it.
+
+
+def check_softmax(variant: Variant, X: torch.Tensor, device: Device) -> Verdict:
+    """Runs a softmax variant once on X [rows, columns] and judges Y."""
+    dtype = NAMES[X.dtype]
+    launcher = variant.launcher(Problem(1, 1, 1, 1, 1, 1, dtype), None, device)
+    Y, before = poisoned(X), X.clone()
+
+    def launch():
+        launcher(X, Y)
+
+    with _counting(device) as counted:
+        launch()
+
+    star, z = _softmax(X.double())
+    terms = None
+    if dtype == "fp32":
+        z = torch.where(star > 0, z.abs(), 0)
+        terms = 3 * UNIT[dtype] * (3 + z + (star * z).sum(-1, keepdim=True)) * star
+    error, ratio = _judge(Y, star, _allowed(dtype, star, _softmax(X)[0], terms))
+    why = [] if _same_bits(X, before) else ["input X was changed"]
+    why += [f"Y is off by {error:.3g}, {ratio:.3g} x what is allowed"] if ratio > 1 else []
+    return Verdict(not why, error, ratio, "; ".join(why), _traffic(counted), launch)
+
+
+def _softmax(X):
+    """Y and z, each step rounding to X's dtype."""
+    m = X.amax(-1, keepdim=True) if X.numel() else X[:, :1]
+    z = X - m.masked_fill(m == -torch.inf, 0)
+    e = z.exp()
+    l = e.sum(-1, keepdim=True)
+    return e / l.masked_fill(l == 0, 1), z

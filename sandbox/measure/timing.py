@@ -15,8 +15,7 @@ from time import perf_counter
 
 import torch
 
-WARM_UPS = 2
-SAMPLES = (5, 100)  # at least, at most
+SAMPLES = (3, 100)  # at least, at most
 BUDGET_S = 0.5  # of launches, between those two
 
 
@@ -45,13 +44,11 @@ def time(verdict, budget_s: float = BUDGET_S) -> Timing:
 
 def time_launch(launch, budget_s: float = BUDGET_S) -> Timing:
     """The ungated half of `time`, for yardsticks that are not ours (torch, cuDNN)."""
-    for _ in range(WARM_UPS):
-        launch()
+    launch()  # warm: whatever is compiled, allocated or initialised once
     torch.cuda.synchronize()
-
     flush = _flusher(_host_seconds(launch))
     first = _sample(flush, launch)
-    samples = min(max(SAMPLES[0], int(budget_s / (first * 1e-3))), SAMPLES[1])
+    samples = min(max(SAMPLES[0], int(budget_s / max(first * 1e-3, 1e-6))), SAMPLES[1])
     times = torch.tensor([_sample(flush, launch) for _ in range(samples)], dtype=torch.float64)
     ms_p20, ms, ms_p80 = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     return Timing(ms, ms_p20, ms_p80, samples)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-ARRAYS = ("Q", "K", "V", "O", "LSE", "l", "m", "mask", "dO", "dQ", "dK", "dV", "D")
-
 
 @dataclass(frozen=True)
 class Traffic:

@@ -1,0 +1,248 @@
+"""Every kernel compiles for sm_90a, with no GPU, and keeps its registers; its binary is kept on disk, and found again.
+
+The tests run on the simulator or on a GPU; what is compiled here is compiled in child processes, for sm_90a.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import settings
+
+from sandbox import catalog
+from sandbox.choose import choose_tile
+from sandbox.mask import Mask
+from sandbox.problem import Problem
+from sandbox.variant import HOPPER, Tile
+
+LONG = settings.default.max_examples >= 300  # the ci profile
+FULL, BAND, BOOLEAN, BOTH = Mask(), Mask(causal=True), Mask(boolean=True), Mask(causal=True, boolean=True)
+
+
+@contextmanager
+def child():
+    """A process in which the target is sm_90a and no GPU is seen; it does one job at a time."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SANDBOX_TARGET", "compile")
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        environment.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
+        pool = ProcessPoolExecutor(1, get_context("spawn"))
+        pool.submit(os.getpid).result()  # it has started, in this environment
+    with pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    with child() as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+# ---- every kernel keeps its registers -------------------------------------------------------------------------------
+
+
+def compile_attention(name: str, problem: Problem, folder: Path) -> tuple[Tile, dict]:
+    """The tile that is chosen, and kernel -> what ptxas says of it."""
+    from sandbox.device.launch import compiling
+
+    os.environ["SANDBOX_CACHE"] = str(folder)
+    variant, tile = catalog.find(name), choose_tile(problem, HOPPER, catalog.find(name))
+    q = torch.empty(problem.B, problem.N_q, problem.H, problem.d, dtype=problem.torch_dtype, device="meta")
+    k = torch.empty(problem.B, problem.N_k, problem.H_kv, problem.d, dtype=problem.torch_dtype, device="meta")
+    seen = torch.empty(problem.B, problem.H, problem.N_q, problem.N_k, dtype=torch.bool, device="meta")
+    O, LSE = torch.empty_like(q), torch.empty(problem.B, problem.H, problem.N_q, device="meta")
+    gradients = (q, q, k, k) if variant.direction == "bwd" else ()
+    with compiling() as done:
+        variant.launcher(problem, tile, HOPPER)(problem, q, k, k, seen, O, LSE, *gradients)
+    return tile, {launch.function.__name__: report for launch, report in done}
+
+
+def compile_softmax(name: str, folder: Path) -> dict:
+    from sandbox.device.launch import compiling
+
+    os.environ["SANDBOX_CACHE"] = str(folder)
+    X = torch.empty(64, 4096, device="meta")
+    with compiling() as done:
+        catalog.find(name).build(None, None, HOPPER)(X, torch.empty_like(X))
+    return {launch.function.__name__: report for launch, report in done}
+
+
+def check(reports: dict, what: str):
+    assert reports, f"{what}: nothing was launched"
+    for kernel, report in reports.items():
+        assert report.stack == 0, f"{kernel}, {what}: {report}"
+        assert report.spills == 0, f"{kernel}, {what}: {report}"
+        assert 0 < report.registers <= 255, f"{kernel}, {what}: {report}"
+
+
+CASES = [  # d, dtype, mask, softcap; the last is the hungriest
+    (64, "fp32", FULL, 0.0),
+    (128, "fp16", BAND, 0.0),
+    (40, "bf16", BOOLEAN, 0.0),
+    (256, "bf16", BOTH, 5.0),
+]
+if LONG:
+    dtypes, kinds = itertools.cycle(("fp32", "fp16", "bf16")), ((FULL, 0.0), (BAND, 0.0), (BOOLEAN, 5.0), (BOTH, 5.0))
+    CASES = [(d, next(dtypes), *kind) for d in (1, 32, 40, 64, 96, 128, 160, 256) for kind in kinds]
+ATTENTION = [*catalog.variants("fwd"), *catalog.variants("bwd")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"d{case[0]}-{case[1]}-{case[2]}-softcap{case[3]:g}")
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_spills_nothing(name, case, compiler, folder):
+    d, dtype, mask, softcap = case
+    for N in (4096,):
+        problem = Problem(1, 32, 32, N, N, d, dtype, mask=mask, softcap=softcap)
+        tile, reports = compiler.submit(compile_attention, name, problem, folder).result()
+        check(reports, f"{problem}, tile {tile}")
+
+
+@pytest.mark.parametrize("name", catalog.variants("softmax"))
+def test_softmax_spills_nothing(name, compiler, folder):
+    check(compiler.submit(compile_softmax, name, folder).result(), name)
+
+
+# ---- binaries on disk -----------------------------------------------------------------------------------------------
+
+
+def scale_by(c: float, extra: int = 0):
+    """A kernel X *= c, with a constant in its closure."""
+    from numba import cuda
+
+    @cuda.jit
+    def scale(X, n):
+        i = cuda.grid(1)
+        if i < n + extra:
+            X[i] = c * X[i]
+
+    return scale
+
+
+def compile_scale(folder: Path, *constants, threads: int = 32) -> tuple[int, bytes]:
+    """(how many binaries were made, not found; the last one)."""
+    from numba.cuda import types
+
+    from sandbox.device import compile
+
+    os.environ["SANDBOX_CACHE"] = str(folder)
+    X = types.Array(types.float32, 1, "A")
+    with mock.patch.object(compile, "_compile", wraps=compile._compile) as made:
+        binary = compile.kernel(scale_by(*constants or (2.0,)).py_func, (X, types.int32), threads)
+    return made.call_count, binary.cubin
+
+
+def test_another_process_finds_it(compiler, tmp_path):
+    made, cubin = compiler.submit(compile_scale, tmp_path).result()
+    (file,) = tmp_path.iterdir()
+    assert made == 1
+    written = file.stat().st_mtime_ns
+    with child() as other:
+        assert other.submit(compile_scale, tmp_path).result() == (0, cubin)
+    assert [f.stat().st_mtime_ns for f in tmp_path.iterdir()] == [written]
+
+
+def test_two_processes_at_once(compiler, tmp_path):
+    with child() as other:
+        jobs = [pool.submit(compile_scale, tmp_path) for pool in (compiler, other)]
+        cubins = [job.result()[1] for job in jobs]
+    assert [file.suffix for file in tmp_path.iterdir()] == [".cubin"]
+    made, cubin = compiler.submit(compile_scale, tmp_path).result()
+    assert made == 0 and cubin in cubins
+
+
+@pytest.mark.parametrize("broken", ["empty", "cut short", "another byte", "no header"])
+def test_a_broken_file_is_made_again(broken, compiler, tmp_path):
+    compiler.submit(compile_scale, tmp_path).result()
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(
+        {
+            "empty": b"",
+            "cut short": whole[:-10],
+            "another byte": whole[:-10] + bytes([whole[-10] ^ 1]) + whole[-9:],
+            "no header": whole.partition(b"\n")[2],
+        }[broken]
+    )
+    made, cubin = compiler.submit(compile_scale, tmp_path).result()
+    assert made == 1
+    assert compiler.submit(compile_scale, tmp_path).result() == (0, cubin)
+
+
+def test_a_folder_that_cannot_be_written(compiler, tmp_path):
+    (tmp_path / "file").touch()
+    made, cubin = compiler.submit(compile_scale, tmp_path / "file" / "cache").result()
+    assert made == 1 and cubin
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_folder(compiler, tmp_path):
+    _, cubin = compiler.submit(compile_scale, tmp_path).result()
+    tmp_path.chmod(0o555)
+    assert compiler.submit(compile_scale, tmp_path).result() == (0, cubin)
+    assert compiler.submit(compile_scale, tmp_path, 3.0).result()[0] == 1
+    tmp_path.chmod(0o755)
+
+
+def test_an_edited_kernel_is_another(compiler, tmp_path):
+    for other in ((2.0,), (3.0,), (2.0, 1), (True,)):
+        assert compiler.submit(compile_scale, tmp_path, *other).result()[0] == 1, other
+        assert compiler.submit(compile_scale, tmp_path, *other).result()[0] == 0, other
+    assert compiler.submit(compile_scale, tmp_path, threads=64).result()[0] == 1
+    assert compiler.submit(compile_edited, tmp_path).result() == [1, 1, 1, 0]
+
+
+def compile_edited(folder: Path) -> list[int]:
+    """Binaries made for a kernel that calls a function with a global; then with that global, that function edited;
+    then for the first again."""
+    from numba import cuda
+    from numba.cuda import types
+
+    from sandbox.device import compile
+
+    os.environ["SANDBOX_CACHE"] = str(folder)
+
+    def made(c, operator):
+        names = {"cuda": cuda, "C": c}
+        exec(f"def inner(x):\n    return x {operator} C", names)
+        names["inner"] = cuda.jit(device=True)(names["inner"])
+        exec("def outer(X):\n    X[0] = inner(X[0])", names)
+        with mock.patch.object(compile, "_compile", wraps=compile._compile) as count:
+            compile.kernel(names["outer"], (types.Array(types.float32, 1, "A"),), 32)
+        return count.call_count
+
+    return [made(2, "+"), made(3, "+"), made(2, "*"), made(2, "+")]
+
+
+def compile_from_threads(folder: Path) -> tuple[int, int]:
+    """(binaries made, different ones returned) by four threads that need one for the first time, at once."""
+    from sandbox.device import Launch, compile
+
+    os.environ["SANDBOX_CACHE"] = str(folder)
+    launch, X = Launch(scale_by(2.0), 32), torch.empty(8, device="meta")
+    start = threading.Barrier(4)
+
+    def get(_):
+        start.wait()
+        return launch.compiled(X, 8)
+
+    with mock.patch.object(compile, "_compile", wraps=compile._compile) as made, ThreadPoolExecutor(4) as pool:
+        cubins = {binary.cubin for binary in pool.map(get, range(4))}
+    return made.call_count, len(cubins)
+
+
+def test_first_compilation_from_threads(compiler, tmp_path):
+    assert compiler.submit(compile_from_threads, tmp_path).result() == (1, 1)

@@ -1,0 +1,24 @@
+"""Every forward and backward kernel within its derived error of the float64 oracle, over hypothesis's examples."""
+
+import pytest
+from hypothesis import given
+from problems import cases
+
+from sandbox import catalog
+from sandbox.measure import gate
+from sandbox.variant import Infeasible
+
+KERNELS = [*catalog.variants("fwd"), *catalog.variants("bwd")]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@given(case=cases())
+def test_exact(name, case, device):
+    problem, tile, inputs = case
+    variant = catalog.find(name)
+    try:
+        verdict = gate.check(variant, problem, tile, inputs, device)
+    except Infeasible as reason:
+        assert not device.simulated, reason
+        return
+    assert verdict.passed, f"{name} {problem} tile {tile}: {verdict.why}"
