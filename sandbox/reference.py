@@ -29,7 +29,8 @@ import torch
 from .problem import Problem
 
 CHUNK = 2**24  # elements of S held at once
-U = 2.0**-24  # the unit roundoff of fp32
+UNIT = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # unit roundoff
+U = UNIT["fp32"]
 INF = math.inf
 
 PAIRS = "xgic,xjc->xgij"  # one number for each (query, key)
@@ -142,6 +143,9 @@ def _eager(problem, q, k, v, mask, split_rows):
 # dV                                                        |δdV_jc|  <= 4u·Σ_i R_i·p_ij·|dO_ic|
 # dS                                                        |δdS_ij|  <= 4u·R_i·p_ij·(G_ij + Ḡ_i)
 # dQ, dK    are linear in dS:                               |δdQ_ic|  <= |scale|·Σ_j |δdS_ij|·|k_jc|, dK likewise.
+# The given O is rounded to the inputs' dtype, of unit u': D errs by u'·Σ_c |dO_ic·o_ic| and dS by p_ij times that.
+# In fp32 this is far below the other terms; in 16 bits it is the largest, and eager attention, which keeps P and not
+# O for its backward, does not have it.
 # A softcap multiplies dS by 1 - t², t = tanh(s/c), at most 1; its error 2|t|·(1 - t²)·|δs|/c <= |δs|/c is relative to
 # p_ij·(G_ij + Ḡ_i), so R_i gains A_i/c.
 
@@ -171,16 +175,19 @@ def fp32_allowance_lse(problem: Problem, q, k, mask=None):
 @torch.no_grad()
 def fp32_allowance_backward(problem: Problem, q, k, v, dO, mask=None):
     """The allowances of dQ, dK, dV, each of its gradient's shape, float64: derived above."""
-    Q, K, V = _queries(problem, q=q), _keys(problem, k=k), _keys(problem, v=v).abs()
+    Q, K, V = _queries(problem, q=q), _keys(problem, k=k), _keys(problem, v=v)
     dO = _queries(problem, dO=dO).abs()
     dQ, dK, dV = torch.zeros_like(Q), torch.zeros_like(K), torch.zeros_like(V)
     for piece in _pieces(problem, Q, K, mask):
         dO_i, V_x, P, seen = dO[piece.rows], V[piece.heads], piece.P, piece.seen
+        O_i = _sum(OVER_KEYS, P, V_x, seen)
         A = _reach(problem, piece)
         R = 1 + A + piece.LSE.abs().unsqueeze(-1) + (A / problem.softcap if problem.softcap else 0)
         error_P = (4 * U * R * P).masked_fill(~seen, 0)
-        G = torch.einsum(PAIRS, dO_i, V_x).masked_fill(~seen, 0)
-        error_S = error_P * (G + (P * G).sum(-1, keepdim=True)) * abs(problem.scale)
+        G = torch.einsum(PAIRS, dO_i, V_x.abs()).masked_fill(~seen, 0)
+        error_D = UNIT[problem.dtype] * (dO_i * O_i.abs()).sum(-1, keepdim=True)
+        error_S = error_P * (G + (P * G).sum(-1, keepdim=True)) + P * error_D
+        error_S = error_S.masked_fill_(~seen, 0) * abs(problem.scale)
         dQ[piece.rows] = _sum(OVER_KEYS, error_S, piece.K.abs(), seen)
         dK[piece.heads] += _sum(OVER_QUERIES, error_S, piece.Q.abs(), seen)
         dV[piece.heads] += _sum(OVER_QUERIES, error_P, dO_i, seen)

@@ -84,6 +84,7 @@ class Variant:
     dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
     default: bool = False  # the forward or backward that its generation's name stands for
     deterministic: bool = True
+    one_block_a_head: bool = False  # its grid: heads alone, or heads x row blocks
 
     def space(self, problem: Problem, device: Device, sizes=(16, 32, 64, 128)) -> Iterator[Tile | Infeasible]:
         """Every tile of sizes x sizes, in order: itself where it fits, its reason where it does not."""

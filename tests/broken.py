@@ -6,12 +6,13 @@ does not show: a gate that looks there only would let it pass.
 
 from __future__ import annotations
 
+import linecache
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandbox import kernels
-from sandbox.device.simulator import Race, SimulatorError
+from sandbox.device.simulator import Divergence, Race, SimulatorError, Uninitialised
 from sandbox.mask import Mask
 from sandbox.problem import Problem
 from sandbox.variant import Tile, Variant
@@ -26,8 +27,9 @@ def edited(name: str, *edits: tuple[str, str]) -> Variant:
         if source.count(old) != 1:
             raise ValueError(f"kernels/{name}.py has {source.count(old)} times, expected once: {old!r}")
         source = source.replace(old, new)
-    module = types.ModuleType(f"{kernels.__name__}.{name}_edited")
-    exec(compile(source, f"<{name}, edited>", "exec"), module.__dict__)
+    module, file = types.ModuleType(f"{kernels.__name__}.{name}_edited"), f"<{name}, edited>"
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # tracebacks show its lines
+    exec(compile(source, file, "exec"), module.__dict__)
     return module.VARIANT
 
 
@@ -73,7 +75,8 @@ FORWARD = [
     ),
     Defect(
         "a query is overwritten once it has been used", "fwd_v2",
-        (("        store_O(O[b", "        Q[b, i0, h, thread % d] = narrow(ONE)\n        store_O(O[b"),),
+        (("        store_O(O[b",
+          "        if thread == 0:\n            Q[b, i0, h, 0] = narrow(ONE)\n        store_O(O[b"),),
         RAGGED, "input q was changed",
     ),
     Defect(
@@ -142,23 +145,23 @@ FORWARD = [
     Defect(
         "no barrier after K and V are loaded", "fwd_v2",
         ((f"            {BARRIER}\n\n            # S =", "            # S ="),),
-        RAGGED, raises=Race,
+        RAGGED, raises=Uninitialised,
     ),
     Defect(
         "the lanes of a row do not wait for its P", "fwd_v2",
         (("cuda.syncwarp()", "pass"),),
-        RAGGED, raises=Race,
+        RAGGED, raises=Uninitialised,
     ),
     Defect(
-        "l and m are read back before they are written", "fwd_v1",
-        ((f"            {BARRIER}  # the last step with K and V of before has been computed\n", ""),
-         ("any_seen = cuda.syncthreads_or(any_seen)  # and the step before has been computed", "any_seen = 1")),
-        RAGGED, raises=Race,
+        "no barrier after Q is loaded", "fwd_v1",
+        ((f"                {BARRIER}\n                if j > 0:\n                    get_O",
+          "                if j > 0:\n                    get_O"),),
+        RAGGED, raises=Uninitialised,
     ),
     Defect(
         "threads past the end return before the last barrier", "fwd_v2",
         (("        # O = diag(l)⁻¹ O,", "        if i0 + ty >= N_q:\n            return\n        # O = diag(l)⁻¹ O,"),),
-        RAGGED, raises=SimulatorError, hidden=(problem(32, 35),),
+        RAGGED, raises=Divergence, hidden=(problem(32, 35),),
     ),
 ]  # fmt: skip
 
@@ -212,6 +215,11 @@ BACKWARD = [
     Defect(
         "no barrier between P and its product with dO", "bwd_v2",
         ((f"            {BARRIER}\n\n            # dV +=", "            # dV +="),),
+        RAGGED, raises=Uninitialised,
+    ),
+    Defect(
+        "dQ takes the place of Q while others still read it", "bwd_v2",
+        ((f"            {BARRIER}  # sQ has been read: dQ leaves through it\n", ""),),
         RAGGED, raises=Race,
     ),
 ]  # fmt: skip

@@ -11,9 +11,7 @@ from broken import CACHED_BY_INPUT, DEFECTS, LAUNCH, RAGGED, STALE_OUTPUT, TILE,
 from sandbox import target
 from sandbox.measure import gate
 
-on_simulator = pytest.mark.skipif(
-    target.KIND != "simulator", reason="a GPU may let a race pass"
-)
+on_simulator = pytest.mark.skipif(target.KIND != "simulator", reason="a GPU may let a race pass")
 every_defect = pytest.mark.parametrize(
     "defect", [pytest.param(d, id=d.what, marks=on_simulator if d.raises else ()) for d in DEFECTS]
 )

@@ -398,7 +398,9 @@ def test_allowances_are_their_formulas(case):
     R = 1 + A + torch.where(sees, LSE.abs(), 0) + (A / p.softcap if p.softcap else 0)
     G = torch.einsum("bihc,bjhc->bhij", dO.abs(), v.abs())
     error_P = 4 * u * R[..., None] * P
-    error_S = abs(p.scale) * error_P * (G + (P * G).sum(-1, keepdim=True))
+    O_star = torch.einsum("bhij,bjhc->bihc", P, v)
+    error_D = reference.UNIT[p.dtype] * (dO.abs() * O_star.abs()).sum(-1).transpose(1, 2)[..., None]
+    error_S = abs(p.scale) * (error_P * (G + (P * G).sum(-1, keepdim=True)) + P * error_D)
     expected = (
         torch.einsum("bhij,bjhc->bihc", error_S, k.abs()),
         torch.einsum("bhij,bihc->bjhc", error_S, q.abs()).unflatten(2, (p.H_kv, p.group)).sum(3),

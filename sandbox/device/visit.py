@@ -11,7 +11,6 @@ from ..problem import Problem
 from .scalar import NEG_INF, ONE, device_function, tanh
 from .tiles import Threads
 
-
 NONE, SOME, ALL = 0, 1, 2  # what a thread sees of a tile
 
 

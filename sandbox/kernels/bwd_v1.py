@@ -163,6 +163,7 @@ VARIANT = Variant(
     loop_order="kv_outer",
     parent=None,
     delta="the paper's Algorithm 4: P recomputed, dQ carried through global memory at every step, one block a head",
+    one_block_a_head=True,
     fit=fit,
     build=build,
     default=True,

@@ -148,6 +148,7 @@ VARIANT = Variant(
     loop_order="kv_outer",
     parent=None,
     delta="the paper's Algorithm 1: one kernel, O(N) memory, O, l, m rescaled through global memory at every step",
+    one_block_a_head=True,
     fit=fit,
     build=build,
     default=True,

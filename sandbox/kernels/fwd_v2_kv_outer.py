@@ -162,6 +162,7 @@ VARIANT = Variant(
     loop_order="kv_outer",
     parent="fwd_v1",
     delta="normalised once, at a row block's last visit; tiles that the mask empties are skipped",
+    one_block_a_head=True,
     fit=fit,
     build=build,
 )

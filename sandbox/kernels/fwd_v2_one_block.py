@@ -12,7 +12,7 @@ from ..variant import Variant
 
 
 def layout(problem, tile, device):
-    t = Threads.of(tile, problem.d, device, overhead=120)
+    t = Threads.of(tile, problem.d, device, overhead=128)
     rows, keys, columns = t.Br_padded, t.Bc_padded, t.d_padded
     return t, Shared(sQ=(rows, columns), sK=(keys, columns), sV=(keys, columns), sP=(rows, keys))
 
@@ -121,6 +121,7 @@ VARIANT = Variant(
     loop_order="q_outer",
     parent="fwd_v2_kv_outer",
     delta="the loops swapped: Q outside, K and V inside; O, m and l stay in registers",
+    one_block_a_head=True,
     fit=fit,
     build=build,
 )

@@ -2,8 +2,9 @@
 
 E is the oracle's low-precision twin, the eager computation in the inputs' dtype; u a dtype's unit roundoff.
 
-fp16, bf16  max|O - O*| <= 2 max|E - O*| + u max|O*|, and the same for each gradient
 fp32        |O - O*| <= 2 max|E - O*| + 4u·(…) elementwise, and so for each gradient; reference.py derives the terms
+fp16, bf16  the same, terms with float32's u as a kernel accumulates in it, and one rounding more: u max|O*|.  Without
+            the terms a gradient that is exactly 0 (one key: P = 1, dS = 0), and E with it, would allow no error at all
 LSE         float32 whatever the dtype: the fp32 rule
 
 Outputs are poisoned with NaN before the launch, inputs must be the same bits after it.  What the oracle gives for
@@ -23,7 +24,6 @@ from ..problem import NAMES, Problem
 from ..variant import Device, Tile, Variant
 from .traffic import Traffic
 
-UNIT = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 TINY = {"fp32": 2.0**-126, "fp16": 2.0**-24, "bf16": 2.0**-126}  # below it no bound is relative
 
 
@@ -139,16 +139,17 @@ def poisoned(like: torch.Tensor) -> torch.Tensor:
 def _allowances(problem, inputs, O_star, LSE_star, direction):
     """output -> (oracle, allowed absolute error)."""
     q, k, v, mask, dO = inputs.q, inputs.k, inputs.v, inputs.mask, inputs.dO
-    single = problem.dtype == "fp32"
     if direction == "fwd":
-        E = reference.twin_forward(problem, q, k, v, mask)
-        terms = reference.fp32_allowance_forward(problem, q, k, v, mask) if single else None
-        lse = _allowed("fp32", LSE_star, reference.twin_lse(problem, q, k, mask),
-                       reference.fp32_allowance_lse(problem, q, k, mask))  # fmt: skip
-        return {"O": (O_star, _allowed(problem.dtype, O_star, E, terms)), "LSE": (LSE_star, lse)}
+        E, LSE_E = reference.twin_forward(problem, q, k, v, mask), reference.twin_lse(problem, q, k, mask)
+        terms = reference.fp32_allowance_forward(problem, q, k, v, mask)
+        LSE_terms = reference.fp32_allowance_lse(problem, q, k, mask)
+        return {
+            "O": (O_star, _allowed(problem.dtype, O_star, E, terms)),
+            "LSE": (LSE_star, _allowed("fp32", LSE_star, LSE_E, LSE_terms)),
+        }
     stars = reference.backward(problem, q, k, v, dO, mask)
     twins = reference.twin_backward(problem, q, k, v, dO, mask)
-    terms = reference.fp32_allowance_backward(problem, q, k, v, dO, mask) if single else [None] * 3
+    terms = reference.fp32_allowance_backward(problem, q, k, v, dO, mask)
     return {
         name: (star, _allowed(problem.dtype, star, E, term))
         for name, star, E, term in zip(("dQ", "dK", "dV"), stars, twins, terms)
@@ -156,13 +157,12 @@ def _allowances(problem, inputs, O_star, LSE_star, direction):
 
 
 def _allowed(dtype, star, E, terms):
-    """The gate's right-hand side, a tensor that broadcasts to star."""
+    """The gate's right-hand side, like star; terms are those of fp32 arithmetic."""
     error = (E.double() - star).abs()
     twin = error[error.isfinite()].max() if error.isfinite().any() else star.new_zeros(())
-    if terms is None:
-        finite = star[star.isfinite()]
-        terms = UNIT[dtype] * finite.abs().max() if finite.numel() else star.new_zeros(())
-    return 2 * twin + terms.nan_to_num(0) + TINY[dtype]
+    finite = star[star.isfinite()]
+    rounding = UNIT[dtype] * finite.abs().max() if dtype != "fp32" and finite.numel() else 0.0
+    return 2 * twin + rounding + (0.0 if terms is None else terms.nan_to_num(0)) + TINY[dtype]
 
 
 def _judge(output, star, allowed) -> tuple[float, float]:
@@ -199,13 +199,13 @@ def _traffic(counted) -> Traffic | None:
 # ---- softmax alone: X [rows, columns] -> Y, each row by itself; a row of -inf gives 0 -------------------------------
 #
 # fp16, bf16  max|Y - Y*| <= 2 max|E - Y*| + u max|Y*|
-# fp32        |Y - Y*| <= 2 max|E - Y*| + 3u·(3 + |z_i| + Σ_j y_j·|z_j|)·y_i elementwise, z = x - max x
+# fp32        |Y - Y*| <= 2 max|E - Y*| + 3u·(3 + a_i + Σ_j y_j·a_j)·y_i elementwise, a = |x| + |max x|
 #
-# The latter to first order: z rounds by u·|z|; e^z, being 2^(z·log2 e), by 2u·|z| more and 2 ulp, 4u.  That is an error
-# of e^z relative to itself, which y_i = e^(z_i) / l meets once above and, averaged with weights y_j, once below; the
-# division rounds by u.  An online sum has no other terms: the maxima that a summand is rescaled through only rise, so
-# their differences, and the errors of them, add up to those of z.  How many they are, like the length of a sum, is not
-# counted: 2 max|E - Y*| stands for it.
+# The latter to first order: e^(x - m) is 2^((x - m)·log2 e) or 2^(x·log2 e - m·log2 e).  The products round by u·|x|
+# and u·|m|, their difference by u·|x - m|, log2 e itself by u·|x - m|, all together by at most 3u·a; 2 to the power of
+# it by 2 ulp, 4u.  That is an error of e^(x - m) relative to itself, which y_i meets once above its division and,
+# averaged with weights y_j, once below; the division rounds by u.  How long the sum is, and how often an online one is
+# rescaled, is not counted: 2 max|E - Y*| stands for it.
 
 
 def check_softmax(variant: Variant, X: torch.Tensor, device: Device) -> Verdict:
@@ -220,11 +220,11 @@ def check_softmax(variant: Variant, X: torch.Tensor, device: Device) -> Verdict:
     with _counting(device) as counted:
         launch()
 
-    star, z = _softmax(X.double())
+    star, m = _softmax(X.double())
     terms = None
     if dtype == "fp32":
-        z = torch.where(star > 0, z.abs(), 0)
-        terms = 3 * UNIT[dtype] * (3 + z + (star * z).sum(-1, keepdim=True)) * star
+        a = torch.where(star > 0, X.double().abs() + m.abs(), 0)
+        terms = 3 * UNIT[dtype] * (3 + a + (star * a).sum(-1, keepdim=True)) * star
     error, ratio = _judge(Y, star, _allowed(dtype, star, _softmax(X)[0], terms))
     why = [] if _same_bits(X, before) else ["input X was changed"]
     why += [f"Y is off by {error:.3g}, {ratio:.3g} x what is allowed"] if ratio > 1 else []
@@ -232,9 +232,8 @@ def check_softmax(variant: Variant, X: torch.Tensor, device: Device) -> Verdict:
 
 
 def _softmax(X):
-    """Y and z, each step rounding to X's dtype."""
+    """Y, and the maximum of each row; each step rounds to X's dtype."""
     m = X.amax(-1, keepdim=True) if X.numel() else X[:, :1]
-    z = X - m.masked_fill(m == -torch.inf, 0)
-    e = z.exp()
+    e = (X - m.masked_fill(m == -torch.inf, 0)).exp()
     l = e.sum(-1, keepdim=True)
-    return e / l.masked_fill(l == 0, 1), z
+    return e / l.masked_fill(l == 0, 1), m
