@@ -21,6 +21,7 @@ import torch
 
 from .. import reference
 from ..problem import NAMES, Problem
+from ..reference import UNIT
 from ..variant import Device, Tile, Variant
 from .traffic import Traffic
 
