@@ -17,7 +17,7 @@ from sandbox.mask import Mask
 from sandbox.problem import Problem
 from sandbox.variant import Tile, Variant
 
-TILE = Tile(16, 16)
+TILE = Tile(8, 8)
 
 
 def edited(name: str, *edits: tuple[str, str]) -> Variant:
@@ -52,7 +52,7 @@ def problem(N_q, N_k, H=2, H_kv=1, dtype="fp32", softcap=0.0, **mask) -> Problem
     return Problem(1, H, H_kv, N_q, N_k, 8, dtype, mask=Mask(**mask), softcap=softcap)
 
 
-RAGGED = problem(33, 35)  # three tiles each way, the last ones short
+RAGGED = problem(17, 19)  # three tiles each way, the last ones short
 BARRIER = "cuda.syncthreads()"
 NEVER_WRITTEN = "off by inf"
 
@@ -66,7 +66,7 @@ FORWARD = [
     Defect(
         "the last row block is not written where it is short", "fwd_v2",
         (("        store_O(O[b", "        if i0 + Br <= N_q:\n            store_O(O[b"),),
-        RAGGED, f"O is {NEVER_WRITTEN}", hidden=(problem(32, 35),),
+        RAGGED, f"O is {NEVER_WRITTEN}", hidden=(problem(16, 19),),
     ),
     Defect(
         "LSE is not written", "fwd_v1",
@@ -82,17 +82,17 @@ FORWARD = [
     Defect(
         "padded keys are seen", "fwd_v2",
         (("i0, j0, N_q, N_k, lo, hi, ty, tx)", "i0, j0, N_q, j0 + Bc, lo, hi, ty, tx)"),),
-        RAGGED, "O is off", hidden=(problem(33, 32),),
+        RAGGED, "O is off", hidden=(problem(17, 16),),
     ),
     Defect(
         "a key tile that holds a single key is skipped", "fwd_v2",
         (("for j in range(first, end):", "for j in range(first, end - (N_k % Bc == 1)):"),),
-        problem(16, 33), "O is off", hidden=(problem(16, 32), RAGGED),
+        problem(8, 17), "O is off", hidden=(problem(8, 16), RAGGED),
     ),
     Defect(
         "the last row of a full tile is 0", "fwd_v2",
         (("ralpha[a] = ONE / l if l != ZERO else", "ralpha[a] = ONE / l if l != ZERO and (row + 1) % Br else"),),
-        RAGGED, "O is off", hidden=(problem(15, 35),),
+        RAGGED, "O is off", hidden=(problem(7, 19),),
     ),
     Defect(
         "LSE is off by ln 2", "fwd_v2",
@@ -102,45 +102,45 @@ FORWARD = [
     Defect(
         "O is not rescaled when the maximum rises", "fwd_v2",
         (("            rescale_O(rO, ralpha)\n            put_P", "            put_P"),),
-        RAGGED, "O is off", hidden=(problem(33, 16),),
+        RAGGED, "O is off", hidden=(problem(17, 8),),
     ),
     Defect(
         "l is the last tile's alone", "fwd_v1",
         (("rl[a] = l_old + row_sum(rl[a])", "rl[a] = row_sum(rl[a])"),),
-        RAGGED, "O is off", hidden=(problem(33, 16),),
+        RAGGED, "O is off", hidden=(problem(17, 8),),
     ),
     Defect(
         "the causal mask is off by one", "fwd_v2",
         (("problem.softcap, lo, hi)", "problem.softcap, lo, hi + 1)"),),
-        problem(33, 35, causal=True), "O is off", hidden=(RAGGED,),
+        problem(17, 19, causal=True), "O is off", hidden=(RAGGED,),
     ),
     Defect(
         "the causal mask begins at the top left", "fwd_v2",
         (("problem.mask.band(problem.N_q, problem.N_k)", "problem.mask.band(problem.N_q, problem.N_q)"),),
-        problem(33, 35, causal=True), "O is off", hidden=(problem(33, 33, causal=True),),
+        problem(17, 19, causal=True), "O is off", hidden=(problem(17, 17, causal=True),),
     ),
     Defect(
         "a row that sees nothing is NaN", "fwd_v2",
         (("ralpha[a] = ONE / l if l != ZERO else ZERO", "ralpha[a] = ONE / l"),),
-        problem(35, 17, causal=True), f"O is {NEVER_WRITTEN}", hidden=(problem(17, 35, causal=True),),
+        problem(19, 9, causal=True), f"O is {NEVER_WRITTEN}", hidden=(problem(9, 19, causal=True),),
     ),
     Defect(
         "query heads take the keys of another group", "fwd_v2",
         (("K[b, :, h // group]", "K[b, :, h % K.shape[2]]"),),
-        problem(17, 17, H=4, H_kv=2), "O is off", hidden=(problem(17, 17, H=2, H_kv=2), RAGGED),
+        problem(9, 9, H=4, H_kv=2), "O is off", hidden=(problem(9, 9, H=2, H_kv=2), RAGGED),
     ),
     *(
         Defect(
             f"O is 1 + 2⁻⁶ times too large, {dtype}", "fwd_v2",
             (("ralpha[a] = ONE / l", "ralpha[a] = float32(1.015625) / l"),),
-            problem(33, 35, dtype=dtype), "O is off",
+            problem(17, 19, dtype=dtype), "O is off",
         )
         for dtype in ("fp32", "fp16")
     ),
     Defect(
         "no barrier before the next K and V are loaded", "fwd_v2",
         ((f"{BARRIER}  # the tiles of the step before have been read", "pass"),),
-        RAGGED, raises=Race, hidden=(problem(33, 16),),
+        RAGGED, raises=Race, hidden=(problem(17, 8),),
     ),
     Defect(
         "no barrier after K and V are loaded", "fwd_v2",
@@ -161,7 +161,7 @@ FORWARD = [
     Defect(
         "threads past the end return before the last barrier", "fwd_v2",
         (("        # O = diag(l)⁻¹ O,", "        if i0 + ty >= N_q:\n            return\n        # O = diag(l)⁻¹ O,"),),
-        RAGGED, raises=Divergence, hidden=(problem(32, 35),),
+        RAGGED, raises=Divergence, hidden=(problem(16, 19),),
     ),
 ]  # fmt: skip
 
@@ -194,23 +194,23 @@ BACKWARD = [
     Defect(
         "the softcap's slope is left out of dS", "bwd_v2",
         (("* slope(s, softcap) * scale if", "* scale if"),),
-        problem(17, 17, softcap=1.0), "dQ is off", hidden=(problem(17, 17),),
+        problem(9, 9, softcap=1.0), "dQ is off", hidden=(problem(9, 9),),
     ),
     Defect(
         "only the first query head of a group adds to dK and dV", "bwd_v2",
         (("for g in range(group * (end - first)):", "for g in range(end - first):"),),
-        RAGGED, "dV is off", hidden=(problem(17, 17, H=1),),
+        RAGGED, "dV is off", hidden=(problem(9, 9, H=1),),
     ),
     Defect(
         "dQ is the last key tile's alone", "bwd_v1",
         (("add_dQ(dQ[b, :, h], dQ_acc[b, :, h], sQ, i0, end, ty, tx)", "store_dQ(dQ[b, :, h], sQ, i0, end, ty, tx)"),),
-        RAGGED, "dQ is off", hidden=(problem(33, 16),),
+        RAGGED, "dQ is off", hidden=(problem(17, 8),),
     ),
     Defect(
         "dQ is summed by plain additions", "bwd_v2",
         (("add_dQ = blocks.atomic_add()", "add_dQ = blocks.accumulate()"),
          ("add_dQ(dQ_acc[b, :, h], sQ,", "add_dQ(dQ_acc[b, :, h], dQ_acc[b, :, h], sQ,")),
-        RAGGED, raises=Race, hidden=(problem(33, 16, H=1),),
+        RAGGED, raises=Race, hidden=(problem(17, 8, H=1),),
     ),
     Defect(
         "no barrier between P and its product with dO", "bwd_v2",

@@ -16,14 +16,16 @@ from sandbox import target
 EXAMPLES = {"quick": 5, "default": 25, "ci": 300}
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if CI else "default")
-SEED = int(os.environ.setdefault("HYPOTHESIS_SEED", str(secrets.randbits(32))))  # the workers of pytest -n inherit it
+SEED = os.environ.setdefault("HYPOTHESIS_SEED", str(secrets.randbits(32)))  # the workers of pytest -n inherit it
 
 if PROFILE not in EXAMPLES:
-    raise pytest.UsageError(f"HYPOTHESIS_PROFILE={PROFILE!r}: expected one of {', '.join(EXAMPLES)}")
+    pytest.exit(f"HYPOTHESIS_PROFILE={PROFILE!r}: expected one of {', '.join(EXAMPLES)}", returncode=4)
+if not SEED.isdecimal():
+    pytest.exit(f"HYPOTHESIS_SEED={SEED!r}: expected an integer", returncode=4)
 for name, examples in EXAMPLES.items():
     settings.register_profile(
         name, settings.get_profile("default"), max_examples=examples, deadline=None, derandomize=False, print_blob=True,
-        suppress_health_check=[HealthCheck.too_slow], **({"database": None} if CI else {}),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much], **({"database": None} if CI else {}),
     )  # fmt: skip
 settings.load_profile(PROFILE)
 
@@ -48,7 +50,7 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--hypothesis-seed", None) is None:
         for item in items:
             if is_hypothesis_test(getattr(item, "obj", None)):
-                seed(SEED)(item.obj)
+                seed(int(SEED))(item.obj)
 
 
 def pytest_configure(config):

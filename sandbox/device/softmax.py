@@ -46,8 +46,9 @@ class Softmax:
                 for b in range(RB):
                     m = max(m, rS[a, b])
                 m = row_max(m)
-                shift = (m if m != NEG_INF else ZERO) * LOG2_E
-                alpha = exp2(rm[a] * LOG2_E - shift)
+                shift = m if m != NEG_INF else ZERO
+                alpha = exp2((rm[a] - shift) * LOG2_E)  # exactly 1 where m stays: as a multiply-add it would drift
+                shift *= LOG2_E
                 l = ZERO
                 for b in range(RB):
                     rS[a, b] = exp2(rS[a, b] * LOG2_E - shift)
