@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from experiments import common, loop_order, picture, tile_size
+from experiments import common, fp32_sdpa, loop_order, picture, tile_size
 from experiments.__main__ import main, names
-from sandbox import records, target
+from sandbox import records, reference, target
+from sandbox.mask import Mask
 from sandbox.measure import counters, formulas, gate, standard
 from sandbox.problem import Problem
 from sandbox.variant import HOPPER
@@ -39,7 +40,7 @@ def kernels(rows):
 def test_list_names_every_experiment(capsys):
     assert main(["list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in ("loop_order", "tile_size"))
+    assert all(name in listed for name in ("fp32_sdpa", "loop_order", "tile_size"))
     assert names() == sorted(names())
 
 
@@ -47,7 +48,7 @@ def test_list_names_every_experiment(capsys):
     "words, told",
     [
         (["loop_ordr"], "did you mean loop_order?"),
-        (["q_x"], "there are loop_order"),
+        (["q_x"], "there are fp32_sdpa, loop_order"),
         ([], "name an experiment"),
         (["loop_order", "--br", "0"], "--br"),
         (["loop_order", "--seqlen", "12,many"], "12,many"),
@@ -61,6 +62,7 @@ def test_list_names_every_experiment(capsys):
         (["loop_order", "--input", "gauss", "--head-dim", "257"], "head_dim d=257"),
         (["loop_order", "--br", "8192", "--seqlen", "8"], "8192x"),
         (["tile_size", "--br", "8192", "--seqlen", "8"], "of shared memory"),
+        (["fp32_sdpa", "--dtype", "fp16"], "--dtype"),
         (["tile_size", "--variant", "fwd_v3", "--seqlen", "8"], "did you mean fwd_v"),
     ],
 )
@@ -86,6 +88,14 @@ def test_what_takes_the_simulator_long_asks_for_force(tmp_path, capsys):
     assert run("loop_order", "--input", "gauss", "--seqlen", 8192, "--out", tmp_path) == 2
     assert "--force" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not SIMULATED, reason="there is a GPU here")
+def test_what_only_times_wants_a_gpu(tmp_path, capsys):
+    assert run("fp32_sdpa", "--out", tmp_path / "out") == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "without a GPU" in said.err
+    assert not (tmp_path / "out").exists()
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
@@ -259,6 +269,63 @@ def test_a_gpu_run_is_reported_too(module, more, tmp_path):
     common.report(experiment, rows, tmp_path)
     assert (tmp_path / f"{experiment.name}.png").stat().st_size > 10_000
     assert "TFLOP/s" in experiment.table(rows)
+
+
+def sdpa_rows(speeds):
+    """The rows of fp32_sdpa if each provider had that many TFLOP/s; at 16k torch:math has no memory."""
+    for point in fp32_sdpa.plan(HOPPER, seqlen=None, causal=False, seed=0):
+        row = point.fields() | dict.fromkeys(fp32_sdpa.MEASURED) | {"device": "NVIDIA H200", "revision": None}
+        if (row["provider"], row["N"]) == (fp32_sdpa.MATH, 16384):
+            yield row | {"infeasible": "does not fit in the GPU's memory"}
+            continue
+        seconds, base = (point.problem.flops() / speeds[name] * 1e-12 for name in (row["provider"], fp32_sdpa.SDPA))
+        row |= {"gate": "passed" if row["variant"] else None, "max_error": 1e-6, "seconds": seconds}
+        yield row | {
+            "ms_p20": 990 * seconds,
+            "ms_p80": 1010 * seconds,
+            "tflops": speeds[row["provider"]],
+            "ratio": base / seconds,
+        }
+
+
+def test_fp32_sdpa_answers_by_the_numbers(tmp_path):
+    speeds = dict(zip(fp32_sdpa.PROVIDERS, (20.0, 40.0, 50.0, 10.0)))
+    rows = list(sdpa_rows(speeds))
+    assert len(rows) == 16 and {row["Br"] is None for row in rows if row["provider"] != fp32_sdpa.OURS} == {True}
+    common.report(fp32_sdpa.EXPERIMENT, rows, tmp_path)
+    assert (tmp_path / "fp32_sdpa.png").stat().st_size > 10_000
+    said = fp32_sdpa.answer(rows)
+    assert said.startswith("No: from N=1024 to 16384 fwd_v2 has 0.50 times the speed of torch:sdpa (N=16384")
+    assert "20.0 against 40.0 TFLOP/s" in said
+    assert said.endswith(
+        "0.40 times that of torch:sdpa contiguous, 2.00 times that of torch:math, which ends at N=8192."
+    )
+    assert "does not fit" in fp32_sdpa.table(rows)
+
+    assert fp32_sdpa.verdict(list(sdpa_rows(speeds | {fp32_sdpa.SDPA: 21.0}))) == "Yes"
+    mixed = [row | {"ratio": 0.99} if row["N"] == 1024 and row["variant"] else row for row in rows]
+    assert fp32_sdpa.verdict(mixed) == "At some N"
+    failed = [row | {"gate": "failed: O is off", "seconds": None} if row["variant"] else row for row in rows]
+    assert "failed: O is off" in fp32_sdpa.answer(failed) and fp32_sdpa.draw(failed)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_torch_computes_the_attention_that_it_is_timed_on(causal, torch_device):
+    problem = Problem(1, 2, 2, 33, 33, 8, mask=Mask(causal))
+    x = gate.gaussian(problem, 0, torch_device)
+    O_star, _ = reference.forward(problem, x.q, x.k, x.v)
+    for provider in (fp32_sdpa.SDPA, fp32_sdpa.CONTIGUOUS, fp32_sdpa.MATH):
+        O = fp32_sdpa.launcher(provider, problem, x)().transpose(1, 2)
+        assert fp32_sdpa.error(O, O_star) < 1e-5
+
+
+@pytest.mark.skipif(SIMULATED, reason="it wants a GPU")
+def test_fp32_sdpa_on_a_gpu(tmp_path):
+    assert run("fp32_sdpa", "--seqlen", "100,256", "--causal", "--out", tmp_path) == 0
+    rows = read(tmp_path, "fp32_sdpa")
+    assert [row["provider"] for row in rows] == 2 * list(fp32_sdpa.PROVIDERS)
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["max_error"] < 1e-4 for row in rows)
+    assert {row["ratio"] for row in rows if row["provider"] == fp32_sdpa.SDPA} == {1.0}
 
 
 def test_hardware_counters_fill_the_rows(tmp_path, monkeypatch):
