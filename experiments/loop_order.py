@@ -426,7 +426,7 @@ def _segments(formula, row):
 
 def _bracket(axes, x, y, words):
     """From bar y to the next one: what they differ in."""
-    tick, far = 0.013 * x, (y + 0.06, y + 0.94)
+    tick, far = 0.013 * x, (y + 0.26, y + 0.96)  # below the words of bar y
     axes.plot([x, x + tick, x + tick, x], [far[0], *far, far[1]], color=picture.GREY, linewidth=1.2)
     axes.text(x + 2.5 * tick, y + 0.5, words, va="center", fontsize=9.5, color=picture.GREY)
 

@@ -209,7 +209,7 @@ def draw(rows: list[dict]):
             axes.set_ylabel("Br" if column == 0 else "", labelpad=4, rotation=0, va="center", ha="right")
         _curve(figure.add_axes((0.765, bottom, 0.135, 2.0 / height)), rows, kernels, what, value, words)
     key = "boxed: what choose_tile takes" + (" · bold: the least" if len(maps) == 2 else "")
-    figure.text(0.045, 0.12 / height, f"{key} · grey: does not fit", fontsize=9.5, color=picture.GREY)
+    figure.text(0.045, 0.12 / height, f"{key} · empty: does not fit", fontsize=9.5, color=picture.GREY)
     return figure
 
 
@@ -258,6 +258,10 @@ def _map(axes, rows, what, value, words):
             )
         if row["chosen"]:
             axes.add_patch(picture.frame(x, y))
+    known = {(row["Br"], row["Bc"]) for row in rows}
+    for y, x in np.argwhere(np.isnan(cells)):
+        if (down[y], across[x]) not in known:
+            axes.text(x, y, "not run", ha="center", va="center", fontsize=9.5, color=picture.GREY)
     axes.set_xticks(range(len(across)), across)
     axes.set_yticks(range(len(down)), down)
     axes.tick_params(length=0)
