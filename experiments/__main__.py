@@ -81,7 +81,9 @@ def draw_command(experiment) -> click.Command:
             raise click.UsageError(str(error)) from None
         if not rows:
             raise click.UsageError(f"nothing is on record in {out}: run {experiment.name} first")
-        common.report(experiment, common.like_the_last(experiment, rows), out)
+        rows = common.like_the_last(experiment, rows)
+        records.Log(out, experiment.name, experiment.key).finish(rows)
+        common.report(experiment, rows, out)
 
     return draw
 
