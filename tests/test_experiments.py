@@ -302,8 +302,9 @@ def test_fp32_sdpa_answers_by_the_numbers(tmp_path):
     )
     assert "does not fit" in fp32_sdpa.table(rows)
 
-    assert fp32_sdpa.verdict(list(sdpa_rows(speeds | {fp32_sdpa.SDPA: 21.0}))) == "Yes"
-    mixed = [row | {"ratio": 0.99} if row["N"] == 1024 and row["variant"] else row for row in rows]
+    assert fp32_sdpa.verdict(list(sdpa_rows(speeds | {fp32_sdpa.SDPA: 20.0}))) == "Yes"
+    assert fp32_sdpa.verdict(list(sdpa_rows(speeds | {fp32_sdpa.SDPA: 20.1}))) == "No"
+    mixed = [row | {"ratio": 1.01} if row["N"] == 1024 and row["variant"] else row for row in rows]
     assert fp32_sdpa.verdict(mixed) == "At some N"
     failed = [row | {"gate": "failed: O is off", "seconds": None} if row["variant"] else row for row in rows]
     assert "failed: O is off" in fp32_sdpa.answer(failed) and fp32_sdpa.draw(failed)
