@@ -81,12 +81,13 @@ FORWARD = [
     ),
     Defect(
         "padded keys are seen", "fwd_v2",
-        (("i0, j0, N_q, N_k, lo, hi, ty, tx)", "i0, j0, N_q, j0 + Bc, lo, hi, ty, tx)"),),
+        (("i0, first, end, N_q, N_k,", "i0, first, end, N_q, N_k + Bc,"),
+         ("i0, j + 1, end, N_q, N_k,", "i0, j + 1, end, N_q, N_k + Bc,")),
         RAGGED, "O is off", hidden=(problem(17, 16),),
     ),
     Defect(
         "a key tile that holds a single key is skipped", "fwd_v2",
-        (("for j in range(first, end):", "for j in range(first, end - (N_k % Bc == 1)):"),),
+        (("while j < end:", "while j < end - (N_k % Bc == 1):"),),
         problem(8, 17), "O is off", hidden=(problem(8, 16), RAGGED),
     ),
     Defect(
@@ -126,7 +127,7 @@ FORWARD = [
     ),
     Defect(
         "query heads take the keys of another group", "fwd_v2",
-        (("K[b, :, h // group]", "K[b, :, h % K.shape[2]]"),),
+        (("V[b, :, h // group]", "V[b, :, h % V.shape[2]]"),),
         problem(9, 9, H=4, H_kv=2), "O is off", hidden=(problem(9, 9, H=2, H_kv=2), RAGGED),
     ),
     *(
@@ -138,14 +139,25 @@ FORWARD = [
         for dtype in ("fp32", "fp16")
     ),
     Defect(
-        "no barrier before the next K and V are loaded", "fwd_v2",
-        ((f"{BARRIER}  # the tiles of the step before have been read", "pass"),),
-        RAGGED, raises=Race, hidden=(problem(17, 8),),
+        "no barrier between a copy of K and its product with Q", "fwd_v2",
+        ((f"{BARRIER}  # K is here; the V of the step before has been read", "pass"),),
+        RAGGED, raises=Uninitialised,
     ),
     Defect(
-        "no barrier after K and V are loaded", "fwd_v2",
-        ((f"            {BARRIER}\n\n            # S =", "            # S ="),),
-        RAGGED, raises=Uninitialised,
+        "no barrier before the next K is copied over this one", "fwd_v2",
+        ((f"{BARRIER}  # V is here; K has been read", "pass"),),
+        RAGGED, raises=Race,
+    ),
+    Defect(
+        "a barrier, but no wait for the copy of K", "fwd_v2",
+        ((f"arrive()\n            {BARRIER}  # K is here", f"{BARRIER}  # K is here"),),
+        RAGGED, raises=Race,
+    ),
+    Defect(
+        "a block ends while a copy is on its way", "fwd_v2",
+        (("        if j < end:\n            copy_KV", "        if True:\n            copy_KV"),
+         (f"        arrive()\n        {BARRIER}  # sQ has been read", f"        {BARRIER}  # sQ has been read")),
+        problem(17, 0), raises=SimulatorError,
     ),
     Defect(
         "the lanes of a row do not wait for its P", "fwd_v2",
@@ -153,10 +165,9 @@ FORWARD = [
         RAGGED, raises=Uninitialised,
     ),
     Defect(
-        "no barrier after Q is loaded", "fwd_v1",
-        ((f"                {BARRIER}\n                if j > 0:\n                    get_O",
-          "                if j > 0:\n                    get_O"),),
-        RAGGED, raises=Uninitialised,
+        "no barrier after O, l and m are loaded", "fwd_v1",
+        ((f"                {BARRIER}  # O, l and m are here; Q has been read\n", ""),),
+        RAGGED, raises=Race,
     ),
     Defect(
         "threads past the end return before the last barrier", "fwd_v2",

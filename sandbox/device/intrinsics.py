@@ -1,4 +1,4 @@
-"""What numba-cuda has no public way for: tiles in dynamic shared memory, 16-byte loads from them, ex2.  [GPU only]"""
+"""What numba-cuda has no public way for: tiles in dynamic shared memory, 16-byte accesses, copies, ex2.  [GPU only]"""
 
 from __future__ import annotations
 
@@ -39,17 +39,32 @@ def tile_view(offset: int, shape: tuple[int, ...]):
     return view
 
 
+def _element(context, builder, kind, array, indices, index_types):
+    """Pointer to tile[r, k] of a C-ordered tile."""
+    array = arrayobj.make_array(kind)(context, builder, array)
+    row, column = (context.cast(builder, x, t, types.intp) for x, t in zip(indices, index_types))
+    ld = builder.extract_value(array.shape, 1)
+    return builder.gep(array.data, [builder.add(builder.mul(row, ld), column)])
+
+
+def _row(context, builder, kind, array, n, index_type):
+    """Pointer to the first byte of row n of a strided array, in global memory."""
+    array = arrayobj.make_array(kind)(context, builder, array)
+    n = context.cast(builder, n, index_type, types.intp)
+    data = builder.addrspacecast(array.data, ir.PointerType(ir.IntType(8), 1))
+    return builder.gep(data, [builder.mul(n, builder.extract_value(array.strides, 0))])
+
+
+FOUR = ir.VectorType(ir.FloatType(), 4)
+
+
 @intrinsic
 def quad(typingctx, tile, r, k):
     """(tile[r, k], …, tile[r, k + 3]) in one 16-byte load; k and tile's leading dimension are multiples of 4."""
 
     def codegen(context, builder, sig, args):
-        array = arrayobj.make_array(sig.args[0])(context, builder, args[0])
-        row, column = (context.cast(builder, x, t, types.intp) for x, t in zip(args[1:], sig.args[1:]))
-        ld = builder.extract_value(array.shape, 1)
-        pointer = builder.gep(array.data, [builder.add(builder.mul(row, ld), column)])
-        vector = ir.VectorType(ir.FloatType(), 4)
-        loaded = builder.load(builder.bitcast(pointer, vector.as_pointer()), align=16)
+        pointer = _element(context, builder, sig.args[0], args[0], args[1:], sig.args[1:])
+        loaded = builder.load(builder.bitcast(pointer, FOUR.as_pointer()), align=16)
         lanes = [builder.extract_element(loaded, ir.Constant(ir.IntType(32), u)) for u in range(4)]
         return context.make_tuple(builder, sig.return_type, lanes)
 
@@ -60,15 +75,87 @@ quad.fingerprint = "quad"
 
 
 @intrinsic
+def put_quad(typingctx, tile, r, k, x0, x1, x2, x3):
+    """tile[r, k], …, tile[r, k + 3] = x0, …, x3 in one 16-byte store; as aligned as `quad`."""
+
+    def codegen(context, builder, sig, args):
+        pointer = _element(context, builder, sig.args[0], args[0], args[1:3], sig.args[1:3])
+        vector = ir.Constant(FOUR, ir.Undefined)
+        for u, x in enumerate(args[3:]):
+            vector = builder.insert_element(vector, x, ir.Constant(ir.IntType(32), u))
+        builder.store(vector, builder.bitcast(pointer, FOUR.as_pointer()), align=16)
+        return context.get_dummy_value()
+
+    return types.void(tile, r, k, *[types.float32] * 4), codegen
+
+
+put_quad.fingerprint = "put_quad"
+
+
+@intrinsic
+def in_quads(typingctx, X):
+    """Whether every row of X starts at a multiple of 16 bytes and its columns lie side by side."""
+
+    def codegen(context, builder, sig, args):
+        array = arrayobj.make_array(sig.args[0])(context, builder, args[0])
+        stride, step = (builder.extract_value(array.strides, axis) for axis in (0, 1))
+        address = builder.ptrtoint(array.data, stride.type)
+        rest = builder.and_(builder.or_(address, stride), ir.Constant(stride.type, 15))
+        aligned = builder.icmp_signed("==", rest, ir.Constant(stride.type, 0))
+        return builder.and_(aligned, builder.icmp_signed("==", step, array.itemsize))
+
+    return types.boolean(X), codegen
+
+
+in_quads.fingerprint = "in_quads"
+
+
+@intrinsic
+def copy_quad(typingctx, tile, r, k, X, n, seen):
+    """tile[r, k : k + 4] = X[n, k : k + 4], or zeros where not seen, by cp.async: there after `copies_arrive`."""
+
+    def codegen(context, builder, sig, args):
+        to = _element(context, builder, sig.args[0], args[0], args[1:3], sig.args[1:3])
+        to = builder.ptrtoint(builder.addrspacecast(to, ir.PointerType(to.type.pointee, 3)), ir.IntType(32))
+        row = _row(context, builder, sig.args[3], args[3], args[4], sig.args[4])
+        column = context.cast(builder, args[2], sig.args[2], types.intp)
+        start = builder.gep(builder.bitcast(row, ir.PointerType(ir.FloatType(), 1)), [column])
+        start = builder.ptrtoint(start, ir.IntType(64))
+        count = builder.select(args[5], ir.Constant(ir.IntType(32), 16), ir.Constant(ir.IntType(32), 0))
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32), ir.IntType(64), ir.IntType(32)])
+        code = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
+        builder.call(ir.InlineAsm(kind, code, "r,l,r,~{memory}", side_effect=True), [to, start, count])
+        return context.get_dummy_value()
+
+    return types.void(tile, r, k, X, n, types.boolean), codegen
+
+
+copy_quad.fingerprint = "copy_quad"
+
+
+@intrinsic
+def copies_arrive(typingctx):
+    """Waits for the copies that this thread has under way."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(ir.InlineAsm(kind, "cp.async.wait_all;", "~{memory}", side_effect=True), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+copies_arrive.fingerprint = "copies_arrive"
+
+
+@intrinsic
 def adjacent(typingctx, X, n, c):
     """X[n, c] of a global array whose columns lie side by side: a row's addresses then differ by constants."""
 
     def codegen(context, builder, sig, args):
-        array = arrayobj.make_array(sig.args[0])(context, builder, args[0])
-        row, column = (context.cast(builder, x, t, types.intp) for x, t in zip(args[1:], sig.args[1:]))
-        kind = array.data.type.pointee
-        data = builder.addrspacecast(array.data, ir.PointerType(ir.IntType(8), 1))
-        start = builder.gep(data, [builder.mul(row, builder.extract_value(array.strides, 0))])
+        kind = context.get_data_type(sig.args[0].dtype)
+        start = _row(context, builder, sig.args[0], args[0], args[1], sig.args[1])
+        column = context.cast(builder, args[2], sig.args[2], types.intp)
         element = builder.gep(builder.bitcast(start, ir.PointerType(kind, 1)), [column])
         return context.data_model_manager[sig.return_type].from_data(builder, builder.load(element))
 

@@ -185,6 +185,8 @@ class SharedArray(Tracked):
         flat = self._flat(index)
         now, writer, readers = _now, self.writer[flat], self.readers[flat]
         if writer is None:
+            if self.data[flat] is _ON_ITS_WAY:
+                raise Race(f"{self.name}{list(_tuple(index))}: read by {now} while a copy into it is on its way")
             raise Uninitialised(f"{self.name}{list(_tuple(index))}: read by {now}, written by nobody")
         if writer.epoch == now.epoch and not writer.before(now):
             raise self._race(index, "read", "written", writer)
@@ -196,13 +198,30 @@ class SharedArray(Tracked):
     def __setitem__(self, index, value):
         flat = self._flat(index)
         now, writer, readers = _now, self.writer[flat], self.readers[flat]
-        if writer is not None and not writer.before(now):
+        if writer is None:
+            if self.data[flat] is _ON_ITS_WAY:
+                raise Race(f"{self.name}{list(_tuple(index))}: written by {now} while a copy into it is on its way")
+        elif not writer.before(now):
             raise self._race(index, "written", "written", writer)
         if readers is not None and not readers.before(now):
             raise self._race(index, "written", "read", readers)
         self.writer[flat] = now
         self.writes += 1
         self.data[flat] = self.dtype(value)
+
+    def start_copy(self, index):
+        """An asynchronous copy into this element is on its way: nobody may touch it before `end_copy`."""
+        self[index] = 0
+        self.writes -= 1
+        flat = self._flat(index)
+        self.writer[flat], self.data[flat] = None, _ON_ITS_WAY
+
+    def end_copy(self, index, value):
+        self.data[self._flat(index)] = None
+        self[index] = value
+
+
+_ON_ITS_WAY = object()
 
 
 def _tuple(index):
@@ -411,6 +430,22 @@ def tile_of(smem, name, shape):
     return smem[name]
 
 
+_copies: dict[int, list] = {}  # thread -> the copies that it has under way: (tile, index, value)
+
+
+def copy_quad(tile, r, k, X, n, seen):
+    """tile[r, k : k + 4] = X[n, k : k + 4], or zeros where not seen: there once the thread calls `copies_arrive`."""
+    for c in range(k, k + 4):
+        value = X[n, c] if seen else 0
+        tile.start_copy((r, c))
+        _copies.setdefault(_now.thread, []).append((tile, (r, c), value))
+
+
+def copies_arrive():
+    for tile, index, value in _copies.pop(_now.thread, ()):
+        tile.end_copy(index, value)
+
+
 def launch(function, names, grid, threads, args, warp=32):
     """Runs function(*args) on grid blocks of `threads` threads, one block after another.
 
@@ -489,9 +524,12 @@ def _run_block(greenlet, cuda, function, args, block, count, warp):
                     runnable += lanes
             if not runnable and _meet(threads, ("block",), "threads"):
                 runnable = threads
+        if _copies:
+            raise SimulatorError(f"copies into {next(iter(_copies.values()))[0][0].name} were never waited for")
     finally:
         _now = outer
         cuda.current = None
+        _copies.clear()
 
 
 def _meet(threads, kinds, who) -> bool:

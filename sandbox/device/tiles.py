@@ -1,8 +1,12 @@
 """Tiles: who owns what, where they lie in shared memory, how they are loaded, multiplied and stored.
 
-A block is TY x TX threads; thread (ty, tx) owns rows ty, ty + TY, … and columns tx, tx + TX, … of every tile that it
-holds in registers (rS, rO, …).  The TX threads of a row are neighbours in one warp, so a row of S is reduced by
-shuffles and a row of P handed over through shared memory without a block barrier.
+A block is TY x TX threads; thread (ty, tx) owns rows ty, ty + TY, … of every tile that it holds in registers, of a
+tile of scores (rS, …) columns tx, tx + TX, …, of a tile of head columns (rO, …) quads tx, tx + TX, … if d allows.
+The TX threads of a row are neighbours in one warp, so a row of S is reduced by shuffles and a row of P handed over
+through shared memory without a block barrier.
+
+Tiles come from global memory by `copy`: asynchronous where hardware can (16 bytes at a time, past the registers), so
+that the next tile is on its way while this one is multiplied.
 
 Registers are `cuda.local.array`s indexed by compile-time constants only: NVVM unrolls the loops and keeps them in
 registers.  Each function here is made for one tile, since its trip counts must be constants.
@@ -10,6 +14,7 @@ registers.  Each function here is made for one tile, since its trip counts must 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from numba import cuda, float32
@@ -38,13 +43,13 @@ class Threads:
 
     @classmethod
     def of(cls, tile: Tile, d: int, device: Device, direction: str = "fwd", overhead: int = 100) -> Threads:
-        """16 lanes a row on a GPU, with the fewest rows of threads that keep a thread's tiles in registers.
+        """The fewest threads that keep a thread's tiles in registers.
 
         overhead: registers that the kernel needs beside its tiles (addresses, operands in flight), as ptxas reports.
         """
         if device.simulated:
             return cls(4, 4, tile.Br, tile.Bc, d, 0)
-        choices = [cls(TY, 16, tile.Br, tile.Bc, d, overhead) for TY in (8, 16, 32)]
+        choices = [cls(TY, TX, tile.Br, tile.Bc, d, overhead) for TY, TX in ((16, 8), (16, 16), (32, 16))]
         fits = [t for t in choices if t.registers(direction) <= t.most_registers(device)]
         return next((t for t in fits if t.accumulators(direction) <= ACCUMULATORS), (fits or choices)[-1])
 
@@ -71,6 +76,11 @@ class Threads:
     def RD(self) -> int:
         """Head columns of a thread."""
         return _ceil(self.d, self.TX)
+
+    @property
+    def WIDE(self) -> int:
+        """Head columns of a thread that lie side by side: 4, so that 16 bytes travel at once, or 1."""
+        return 4 if self.RD % 4 == 0 else 1
 
     @property
     def Br_padded(self) -> int:
@@ -148,12 +158,22 @@ if SIMULATED:
         """(tile[r, k], …, tile[r, k + 3])."""
         return tile[r, k], tile[r, k + 1], tile[r, k + 2], tile[r, k + 3]
 
+    def put_quad(tile, r, k, x0, x1, x2, x3):
+        """tile[r, k], …, tile[r, k + 3] = x0, …, x3."""
+        tile[r, k], tile[r, k + 1], tile[r, k + 2], tile[r, k + 3] = x0, x1, x2, x3
+
     def adjacent(X, n, c):
         """X[n, c] of an array whose columns lie side by side."""
         return X[n, c]
 
+    def in_quads(X):
+        """Whether every row of X starts at a multiple of 16 bytes and its columns lie side by side."""
+        return X.strides[1] == X.itemsize and (X.address | X.strides[0]) % 16 == 0
+
+    from .simulator import copies_arrive, copy_quad
+
 else:
-    from .intrinsics import adjacent, quad
+    from .intrinsics import adjacent, copies_arrive, copy_quad, in_quads, put_quad, quad
 
 
 class Blocks:
@@ -180,52 +200,52 @@ class Blocks:
 
         return where
 
-    def load(self, rows: int, widen):
-        """load(sX, X, n0, end, ty, tx): sX [rows, d] = X[n0:end], zeros past the end and past d."""
-        load_pair = self._load_some(rows, widen, pair=False)
+    def copy(self, rows: int, widen=same):
+        """copy(sX, X, n0, end, ty, tx): sX [rows, d] = X[n0:end], zeros past the end and past d.
 
-        @device_function
-        def load(sX, X, n0, end, ty, tx):
-            load_pair(sX, sX, X, X, n0, end, ty, tx)
-
-        return load
-
-    def load_pair(self, rows: int, widen):
-        """load_pair(sX, sY, X, Y, n0, end, ty, tx): `load` of two tiles, the loads of both in flight together."""
-        return self._load_some(rows, widen, pair=True)
-
-    def _load_some(self, rows: int, widen, pair: bool):
+        There once this thread has called `arrive` and then met the others at a barrier; until then nobody reads sX.
+        """
         TY, TX, RD, d, W = self.threads.TY, self.threads.TX, self.threads.RD, self.threads.d, self.threads.d_padded
         ROWS, RAGGED = rows // TY, d % TX != 0
-        BATCH = max(n for n in range(1, ROWS + 1) if ROWS % n == 0 and (n == 1 or n * RD * (1 + pair) <= IN_FLIGHT))
+        ASYNC = widen is same and d % 4 == 0 and W % 4 == 0
+        QUADS = W // 4
+        LANES = math.gcd(QUADS, self.threads.count)  # threads that share a row's quads
+        STEP = self.threads.count // LANES
+        STEPS = _ceil(rows, STEP)
+        BATCH = max(n for n in range(1, ROWS + 1) if ROWS % n == 0 and (n == 1 or n * RD <= IN_FLIGHT))
 
         @device_function
-        def load(sX, sY, X, Y, n0, end, ty, tx):
-            if n0 + rows <= end and X.strides[1] == X.itemsize and Y.strides[1] == Y.itemsize:
+        def copy(sX, X, n0, end, ty, tx):
+            if ASYNC and in_quads(X):
+                y, x = (ty * TX + tx) // LANES, (ty * TX + tx) % LANES
+                for step in range(STEPS):
+                    r = y + step * STEP
+                    if rows % STEP == 0 or r < rows:
+                        for q in range(QUADS // LANES):
+                            c = 4 * (x + q * LANES)
+                            copy_quad(sX, r, c, X, n0 + r, n0 + r < end and (W == d or c < d))
+            elif not ASYNC and n0 + rows <= end and X.strides[1] == X.itemsize:
                 # Whole rows of adjacent columns: nothing stands between the loads, and a batch is in flight at once.
                 rX = cuda.local.array((BATCH, RD), float32)
-                rY = cuda.local.array((BATCH, RD), float32)
                 for r in range(ty, ty + rows, BATCH * TY):
                     for a in range(BATCH):
                         for e in range(RD):
                             c = tx + e * TX
                             rX[a, e] = widen(adjacent(X, n0 + r + a * TY, c)) if not RAGGED or c < d else ZERO
-                            if pair:
-                                rY[a, e] = widen(adjacent(Y, n0 + r + a * TY, c)) if not RAGGED or c < d else ZERO
                     for a in range(BATCH):
                         for e in range(RD):
                             sX[r + a * TY, tx + e * TX] = rX[a, e]
-                            if pair:
-                                sY[r + a * TY, tx + e * TX] = rY[a, e]
             else:
                 for r in range(ty, rows, TY):
                     n = n0 + r
                     for c in range(tx, W, TX):
                         sX[r, c] = widen(X[n, c]) if n < end and c < d else ZERO
-                        if pair:
-                            sY[r, c] = widen(Y[n, c]) if n < end and c < d else ZERO
 
-        return load
+        return copy
+
+    def arrive(self):
+        """arrive(): this thread's copies have arrived; a barrier shows them to the others."""
+        return copies_arrive
 
     def load_rows(self, rows: int):
         """load_rows(sx, x, n0, end, t): sx [rows] = x[n0:end], zeros past the end."""
@@ -276,59 +296,52 @@ class Blocks:
 
     def product_nt(self, RA: int, RB: int, K: int):
         """product(rC, sA, sB, ty, tx): rC [rows, columns] += sA [rows, K] · sB [columns, K]ᵀ."""
-        TY, TX, K = self.threads.TY, self.threads.TX, _ceil(K, 4) * 4
+        TY, TX = self.threads.TY, self.threads.TX
 
         @device_function
-        def product(rC, sA, sB, ty, tx):
+        def four(rC, sA, sB, k, ty, tx):
             rB = cuda.local.array((RB, 4), float32)
-            for k in range(0, K, 4):
+            for b in range(RB):
+                rB[b, 0], rB[b, 1], rB[b, 2], rB[b, 3] = quad(sB, tx + b * TX, k)
+            for a in range(RA):
+                x0, x1, x2, x3 = quad(sA, ty + a * TY, k)
                 for b in range(RB):
-                    rB[b, 0], rB[b, 1], rB[b, 2], rB[b, 3] = quad(sB, tx + b * TX, k)
-                for a in range(RA):
-                    x0, x1, x2, x3 = quad(sA, ty + a * TY, k)
-                    for b in range(RB):
-                        s = rC[a, b]
-                        s += x0 * rB[b, 0]
-                        s += x1 * rB[b, 1]
-                        s += x2 * rB[b, 2]
-                        s += x3 * rB[b, 3]
-                        rC[a, b] = s
+                    s = rC[a, b]
+                    s += x0 * rB[b, 0]
+                    s += x1 * rB[b, 1]
+                    s += x2 * rB[b, 2]
+                    s += x3 * rB[b, 3]
+                    rC[a, b] = s
 
-        return product
+        return _in_fours(four, K, twice=False)
 
     def product_nn(self, RA: int, RB: int, K: int):
-        """product(rC, sA, sB, ty, tx): rC [rows, columns] += sA [rows, K] · sB [K, columns]."""
-        TY, TX, K = self.threads.TY, self.threads.TX, _ceil(K, 4) * 4
+        """product(rC, sA, sB, ty, tx): rC [rows, head columns] += sA [rows, K] · sB [K, head columns]."""
+        TY, row = self.threads.TY, self._row(RB)
 
         @device_function
-        def product(rC, sA, sB, ty, tx):
-            rB = cuda.local.array((RB, 4), float32)
-            for k in range(0, K, 4):
-                for b in range(RB):
-                    for u in range(4):
-                        rB[b, u] = sB[k + u, tx + b * TX]
+        def four(rC, sA, sB, k, ty, tx):
+            rA = cuda.local.array((RA, 4), float32)
+            rB = cuda.local.array(RB, float32)
+            for a in range(RA):
+                rA[a, 0], rA[a, 1], rA[a, 2], rA[a, 3] = quad(sA, ty + a * TY, k)
+            for u in range(4):
+                row(rB, sB, k + u, tx)
                 for a in range(RA):
-                    x0, x1, x2, x3 = quad(sA, ty + a * TY, k)
                     for b in range(RB):
-                        s = rC[a, b]
-                        s += x0 * rB[b, 0]
-                        s += x1 * rB[b, 1]
-                        s += x2 * rB[b, 2]
-                        s += x3 * rB[b, 3]
-                        rC[a, b] = s
+                        rC[a, b] += rA[a, u] * rB[b]
 
-        return product
+        return _in_fours(four, K, twice=True)
 
     def product_tn(self, RA: int, RB: int, K: int):
-        """product(rC, sA, sB, ty, tx): rC [rows, columns] += sA [K, rows]ᵀ · sB [K, columns]."""
-        TY, TX = self.threads.TY, self.threads.TX
+        """product(rC, sA, sB, ty, tx): rC [rows, head columns] += sA [K, rows]ᵀ · sB [K, head columns]."""
+        TY, row = self.threads.TY, self._row(RB)
 
         @device_function
         def product(rC, sA, sB, ty, tx):
             rB = cuda.local.array(RB, float32)
             for k in range(K):
-                for b in range(RB):
-                    rB[b] = sB[k, tx + b * TX]
+                row(rB, sB, k, tx)
                 for a in range(RA):
                     x = sA[k, ty + a * TY]
                     for b in range(RB):
@@ -337,7 +350,7 @@ class Blocks:
         return product
 
     def put(self, RA: int, RB: int):
-        """put(sC, rC, ty, tx): sC [rows, columns] = rC."""
+        """put(sC, rC, ty, tx): sC [rows, columns] = rC, a tile of scores."""
         TY, TX = self.threads.TY, self.threads.TX
 
         @device_function
@@ -348,17 +361,50 @@ class Blocks:
 
         return put
 
-    def get(self, RA: int, RB: int):
-        """get(rC, sC, ty, tx): rC = sC [rows, columns]."""
-        TY, TX = self.threads.TY, self.threads.TX
+    def put_heads(self, RA: int, RD: int):
+        """put(sC, rC, ty, tx): sC [rows, d] = rC, a tile of head columns."""
+        TY, TX, W = self.threads.TY, self.threads.TX, self.threads.WIDE
+
+        @device_function
+        def put(sC, rC, ty, tx):
+            for a in range(RA):
+                for e in range(0, RD, W):
+                    c = W * tx + e * TX
+                    if W == 4:
+                        put_quad(sC, ty + a * TY, c, rC[a, e], rC[a, e + 1], rC[a, e + 2], rC[a, e + 3])
+                    else:
+                        sC[ty + a * TY, c] = rC[a, e]
+
+        return put
+
+    def get_heads(self, RA: int, RD: int):
+        """get(rC, sC, ty, tx): rC = sC [rows, d], a tile of head columns."""
+        TY, row = self.threads.TY, self._row(RD)
 
         @device_function
         def get(rC, sC, ty, tx):
+            rRow = cuda.local.array(RD, float32)
             for a in range(RA):
-                for b in range(RB):
-                    rC[a, b] = sC[ty + a * TY, tx + b * TX]
+                row(rRow, sC, ty + a * TY, tx)
+                for e in range(RD):
+                    rC[a, e] = rRow[e]
 
         return get
+
+    def _row(self, RD: int):
+        """row(rX, sX, r, tx): rX = this thread's head columns of row r of sX."""
+        TX, W = self.threads.TX, self.threads.WIDE
+
+        @device_function
+        def row(rX, sX, r, tx):
+            for e in range(0, RD, W):
+                c = W * tx + e * TX
+                if W == 4:
+                    rX[e], rX[e + 1], rX[e + 2], rX[e + 3] = quad(sX, r, c)
+                else:
+                    rX[e] = sX[r, c]
+
+        return row
 
     def fill(self, RA: int, RB: int):
         """fill(rC, x): every element of rC is x."""
@@ -391,3 +437,17 @@ class Blocks:
                     rC[a, b] *= rx[a]
 
         return scale_rows
+
+
+def _in_fours(four, K: int, twice: bool):
+    """product(rC, sA, sB, ty, tx): `four` for k = 0, 4, …; twice a step, where registers allow, to hide the loads."""
+    FOURS, TWO = _ceil(K, 4), 2 if twice and _ceil(K, 4) % 2 == 0 else 1
+
+    @device_function
+    def product(rC, sA, sB, ty, tx):
+        for step in range(FOURS // TWO):
+            four(rC, sA, sB, 4 * TWO * step, ty, tx)
+            if TWO == 2:
+                four(rC, sA, sB, 8 * step + 4, ty, tx)
+
+    return product

@@ -5,7 +5,7 @@ The kernel's arguments `lo, hi` are Mask.band's: row i sees key j when i + lo <=
 
 from __future__ import annotations
 
-from numba import int32, int64
+from numba import cuda, int32, int64
 
 from ..problem import Problem
 from .scalar import NEG_INF, ONE, device_function, tanh
@@ -74,6 +74,49 @@ class Visit:
             return any_seen
 
         @device_function
+        def next_seen(rseen, mask, i0, j, end, N_q, N_k, lo, hi, ty, tx):
+            """(j, seen) of the first key block from j on that any thread sees, with `look`'s answer; (end, _) if none.
+
+            Under a boolean mask the threads meet at a barrier here.
+            """
+            seen = NONE
+            while j < end:
+                seen = look(rseen, mask, i0, j * Bc, N_q, N_k, lo, hi, ty, tx)
+                if not BOOLEAN:
+                    break
+                if cuda.syncthreads_or(seen) != 0:
+                    break
+                j += 1
+            return j, seen
+
+        @device_function
+        def visits(i0, N_q, N_k, lo, hi):
+            """(first, end) of the key blocks at which a kernel with K outside visits rows i0 … i0+Br-1.
+
+            `key_blocks`, but rows that see no key at all are visited once, to write O = 0.
+            """
+            first, end = key_blocks(i0, N_q, N_k, lo, hi)
+            return (first, end) if first < end else (0, 1)
+
+        @device_function
+        def next_visit(rseen, mask, i, j, N_q, N_k, lo, hi, ty, tx):
+            """(i, seen, any_seen) of the first row block from i on that visits key block j; (Tr, _, _) if none.
+
+            seen is `look`'s answer, any_seen that of all threads.  A tile that a boolean mask empties is visited only
+            as the first of its row block or the last.  The threads meet at a barrier here.
+            """
+            seen, any_seen = NONE, NONE
+            while i * Br < N_q:
+                first, end = visits(i * Br, N_q, N_k, lo, hi)
+                if first <= j and j < end:
+                    seen = look(rseen, mask, i * Br, j * Bc, N_q, N_k, lo, hi, ty, tx)
+                    any_seen = cuda.syncthreads_or(seen)
+                    if not BOOLEAN or any_seen != 0 or first == j or j == end - 1:
+                        break
+                i += 1
+            return i, seen, any_seen
+
+        @device_function
         def score(rS, rseen, seen, scale, softcap):
             """S = scale · S, softcapped, -inf where the mask hides the key; seen is what `look` returned."""
             for a in range(RA):
@@ -95,11 +138,6 @@ class Visit:
                 return ONE - x * x
             return ONE
 
-        self.key_blocks, self.query_blocks, self.look, self.score, self.slope = (
-            key_blocks,
-            query_blocks,
-            look,
-            score,
-            slope,
-        )
+        self.key_blocks, self.query_blocks, self.look, self.next_seen = key_blocks, query_blocks, look, next_seen
+        self.visits, self.next_visit, self.score, self.slope = visits, next_visit, score, slope
         self.bits, self.boolean = bits, BOOLEAN

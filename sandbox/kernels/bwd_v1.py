@@ -34,12 +34,12 @@ def build(problem, tile, device):
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
     where = blocks.where()
     tile_Q, tile_dO, tile_K, tile_V, tile_P, tile_dS, tile_LSE, tile_D = shared
-    load_QdO, load_KV = blocks.load_pair(t.Br_padded, widen), blocks.load_pair(t.Bc_padded, widen)
-    load_rows = blocks.load_rows(t.Br_padded)
+    copy_QdO, copy_KV = blocks.copy(t.Br_padded, widen), blocks.copy(t.Bc_padded, widen)
+    arrive, load_rows = blocks.arrive(), blocks.load_rows(t.Br_padded)
     QKt, PtdO, dSK = blocks.product_nt(RA, RB, d), blocks.product_tn(RC, RD, Br), blocks.product_nn(RA, RD, Bc)
     dOVt, dStQ = QKt, PtdO  # the same shapes
     clear_S, clear_dQ, clear_dKV = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill(RC, RD)
-    put_S, put_dQ, put_dKV = blocks.put(RA, RB), blocks.put(RA, RD), blocks.put(RC, RD)
+    put_S, put_dQ, put_dKV = blocks.put(RA, RB), blocks.put_heads(RA, RD), blocks.put_heads(RC, RD)
     store_dKV = blocks.store(narrow)
     store_dQ, store_dQ_acc = blocks.store(narrow), blocks.store()
     add_dQ, add_dQ_acc = blocks.accumulate(narrow), blocks.accumulate()
@@ -73,7 +73,8 @@ def build(problem, tile, device):
         for j in range(Tc):  # line 6
             j0 = j * Bc
             cuda.syncthreads()  # the last step with K and V of before has been computed
-            load_KV(sK, sV, K[b, :, h_kv], V[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)  # line 7
+            copy_KV(sK, K[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)  # line 7
+            copy_KV(sV, V[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)
             clear_dKV(rdK, ZERO)  # line 8
             clear_dKV(rdV, ZERO)
 
@@ -82,8 +83,10 @@ def build(problem, tile, device):
                 end = min(i0 + Br, N_q)
                 seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
                 any_seen = cuda.syncthreads_or(seen)  # and the step before has been computed
-                load_QdO(sQ, sdO, Q[b, :, h], dO[b, :, h], i0, end, ty, tx)  # line 10
+                copy_QdO(sQ, Q[b, :, h], i0, end, ty, tx)  # line 10
+                copy_QdO(sdO, dO[b, :, h], i0, end, ty, tx)
                 load_rows(sLSE, LSE[b, h], i0, end, thread)
+                arrive()
                 cuda.syncthreads()
 
                 # D = rowsum(dO ∘ O)  [Br]   line 19
@@ -137,6 +140,7 @@ def build(problem, tile, device):
                 else:
                     add_dQ_acc(dQ_acc[b, :, h], dQ_acc[b, :, h], sQ, i0, end, ty, tx)
 
+            arrive()
             cuda.syncthreads()  # sK and sV have been read: dK and dV leave through them
             put_dKV(sK, rdK, ty, tx)
             put_dKV(sV, rdV, ty, tx)

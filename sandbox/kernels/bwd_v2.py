@@ -34,12 +34,12 @@ def build(problem, tile, device):
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
     where = blocks.where()
     tile_Q, tile_dO, tile_K, tile_V, tile_P, tile_dS, tile_LSE, tile_D = shared
-    load_QdO, load_KV = blocks.load_pair(t.Br_padded, widen), blocks.load_pair(t.Bc_padded, widen)
-    load_rows = blocks.load_rows(t.Br_padded)
+    copy_QdO, copy_KV = blocks.copy(t.Br_padded, widen), blocks.copy(t.Bc_padded, widen)
+    arrive, load_rows = blocks.arrive(), blocks.load_rows(t.Br_padded)
     QKt, PtdO, dSK = blocks.product_nt(RA, RB, d), blocks.product_tn(RC, RD, Br), blocks.product_nn(RA, RD, Bc)
     dOVt, dStQ = QKt, PtdO  # the same shapes
     clear_S, clear_dQ, clear_dKV = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill(RC, RD)
-    put_S, put_dQ, put_dKV = blocks.put(RA, RB), blocks.put(RA, RD), blocks.put(RC, RD)
+    put_S, put_dQ, put_dKV = blocks.put(RA, RB), blocks.put_heads(RA, RD), blocks.put_heads(RC, RD)
     store_dKV = blocks.store(narrow)
     add_dQ = blocks.atomic_add()
     look, score, slope, query_blocks = visit.look, visit.score, visit.slope, visit.query_blocks
@@ -88,7 +88,8 @@ def build(problem, tile, device):
         rdV = cuda.local.array((RC, RD), float32)  # [Bc, d]
         rseen = cuda.local.array(RA, bits)  # [Br] x [Bc] bits
 
-        load_KV(sK, sV, K[b, :, h_kv], V[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)  # line 7
+        copy_KV(sK, K[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)  # line 7
+        copy_KV(sV, V[b, :, h_kv], j0, min(j0 + Bc, N_k), ty, tx)
         clear_dKV(rdK, ZERO)
         clear_dKV(rdV, ZERO)
         first, end = query_blocks(j0, N_q, N_k, lo, hi)
@@ -101,9 +102,11 @@ def build(problem, tile, device):
                 if cuda.syncthreads_or(seen) == 0:
                     continue
             cuda.syncthreads()  # the step before has been computed
-            load_QdO(sQ, sdO, Q[b, :, h], dO[b, :, h], i0, i1, ty, tx)  # line 9
+            copy_QdO(sQ, Q[b, :, h], i0, i1, ty, tx)  # line 9
+            copy_QdO(sdO, dO[b, :, h], i0, i1, ty, tx)
             load_rows(sLSE, LSE[b, h], i0, i1, thread)
             load_rows(sD, D[b, h], i0, i1, thread)
+            arrive()
             cuda.syncthreads()
 
             # S = scale · Q Kᵀ, softcapped and masked;  dP = dO Vᵀ  [Br, Bc]   lines 10, 13
@@ -136,6 +139,7 @@ def build(problem, tile, device):
             cuda.syncthreads()
             add_dQ(dQ_acc[b, :, h], sQ, i0, i1, ty, tx)
 
+        arrive()
         cuda.syncthreads()  # sK and sV have been read: dK and dV leave through them
         put_dKV(sK, rdK, ty, tx)
         put_dKV(sV, rdV, ty, tx)

@@ -8,7 +8,7 @@ O travels in float32 (O_acc) until its last visit, as 16 bits would round it ane
 from numba import cuda, float32
 
 from ..device import Blocks, Launch, Shared, Softmax, Threads, Visit, conversions, scratch
-from ..device.scalar import NEG_INF, ONE, ZERO, log, same
+from ..device.scalar import NEG_INF, ONE, ZERO, log
 from ..variant import Variant
 
 
@@ -34,12 +34,12 @@ def build(problem, tile, device):
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
     where = blocks.where()
     tile_Q, tile_K, tile_V, tile_P, tile_O, tile_l, tile_m = shared
-    load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load_pair(t.Bc_padded, widen)
-    load_O, load_rows = blocks.load(t.Br_padded, same), blocks.load_rows(t.Br_padded)
+    copy_Q, copy_KV, copy_O = blocks.copy(t.Br_padded, widen), blocks.copy(t.Bc_padded, widen), blocks.copy(t.Br_padded)
+    arrive, load_rows = blocks.arrive(), blocks.load_rows(t.Br_padded)
     QKt, PV = blocks.product_nt(RA, RB, d), blocks.product_nn(RA, RD, Bc)
     clear_S, clear_O, fill_rows = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill_rows(RA)
     rescale_O, normalise_P, put_P = blocks.scale_rows(RA, RD), blocks.scale_rows(RA, RB), blocks.put(RA, RB)
-    get_O, put_O = blocks.get(RA, RD), blocks.put(RA, RD)
+    get_O, put_O = blocks.get_heads(RA, RD), blocks.put_heads(RA, RD)
     store_O, store_O_acc = blocks.store(narrow), blocks.store()
     look, score = visit.look, visit.score
     update, row_sum = softmax.update, softmax.row_sum
@@ -71,31 +71,38 @@ def build(problem, tile, device):
 
         for j in range(Tc):  # line 5
             j0 = j * Bc
+            arrive()
             cuda.syncthreads()  # the last step with K and V of before has been computed
-            load_KV(sK, sV, K[b, :, h // group], V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)  # line 6
+            copy_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)  # line 6
+            copy_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
 
+            copy_Q(sQ, Q[b, :, h], 0, min(Br, N_q), ty, tx)
             for i in range(Tr):  # line 7
                 i0 = i * Br
                 end = min(i0 + Br, N_q)
                 seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
-                any_seen = cuda.syncthreads_or(seen)  # and the step before has been computed
-                load_Q(sQ, Q[b, :, h], i0, end, ty, tx)  # line 8
-                if j > 0:
+                arrive()
+                any_seen = cuda.syncthreads_or(seen)  # Q is here; the step before has been stored
+                if j > 0:  # line 8
                     load_rows(sl, l[b, h], i0, end, thread)
                     load_rows(sm, m[b, h], i0, end, thread)
-                    load_O(sO, O_acc[b, :, h], i0, end, ty, tx)
-                cuda.syncthreads()
+                    copy_O(sO, O_acc[b, :, h], i0, end, ty, tx)
+
+                # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]   line 9
+                clear_S(rS, ZERO)
+                QKt(rS, sQ, sK, ty, tx)
+                score(rS, rseen, seen, scale, softcap)
+
+                arrive()
+                cuda.syncthreads()  # O, l and m are here; Q has been read
+                if i + 1 < Tr:
+                    copy_Q(sQ, Q[b, :, h], i0 + Br, min(i0 + 2 * Br, N_q), ty, tx)
                 if j > 0:
                     get_O(rO, sO, ty, tx)
                 else:
                     clear_O(rO, ZERO)
                 for a in range(RA):
                     rm[a] = sm[ty + a * TY] if j > 0 else NEG_INF
-
-                # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]   line 9
-                clear_S(rS, ZERO)
-                QKt(rS, sQ, sK, ty, tx)
-                score(rS, rseen, seen, scale, softcap)
 
                 # m̃, P̃, l̃ and m_new, l_new; alpha = exp(m - m_new)   lines 10-11
                 fill_rows(rl, ZERO)
@@ -128,6 +135,7 @@ def build(problem, tile, device):
                         m[b, h, row] = rm[a]
                         if j == Tc - 1:
                             LSE[b, h, row] = rm[a] + log(rl[a]) if rl[a] != ZERO else NEG_INF
+        arrive()
 
     run = Launch(fwd_v1, t.count, shared.bytes, warp=TX)
 

@@ -8,7 +8,7 @@ but the order of the two loops.
 from numba import cuda, float32
 
 from ..device import Blocks, Launch, Shared, Softmax, Threads, Visit, conversions, scratch
-from ..device.scalar import NEG_INF, ONE, ZERO, log, same
+from ..device.scalar import NEG_INF, ONE, ZERO, log
 from ..variant import Variant
 
 
@@ -34,16 +34,16 @@ def build(problem, tile, device):
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
     where = blocks.where()
     tile_Q, tile_K, tile_V, tile_P, tile_O, tile_l, tile_m = shared
-    load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load_pair(t.Bc_padded, widen)
-    load_O, load_rows = blocks.load(t.Br_padded, same), blocks.load_rows(t.Br_padded)
+    copy_Q, copy_KV, copy_O = blocks.copy(t.Br_padded, widen), blocks.copy(t.Bc_padded, widen), blocks.copy(t.Br_padded)
+    arrive, load_rows = blocks.arrive(), blocks.load_rows(t.Br_padded)
     QKt, PV = blocks.product_nt(RA, RB, d), blocks.product_nn(RA, RD, Bc)
     clear_S, clear_O, fill_rows = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill_rows(RA)
     rescale_O, put_P = blocks.scale_rows(RA, RD), blocks.put(RA, RB)
-    get_O, put_O = blocks.get(RA, RD), blocks.put(RA, RD)
+    get_O, put_O = blocks.get_heads(RA, RD), blocks.put_heads(RA, RD)
     store_O, store_O_acc = blocks.store(narrow), blocks.store()
-    look, score, key_blocks, query_blocks = visit.look, visit.score, visit.key_blocks, visit.query_blocks
+    next_visit, visits, score, query_blocks = visit.next_visit, visit.visits, visit.score, visit.query_blocks
     update, row_sum = softmax.update, softmax.row_sum
-    BOOLEAN, bits = visit.boolean, visit.bits
+    bits = visit.bits
 
     @cuda.jit
     def fwd_v2_kv_outer(Q, K, V, mask, O, O_acc, l, m, LSE, scale, softcap, lo, hi):
@@ -70,32 +70,39 @@ def build(problem, tile, device):
 
         for j in range(Tc):
             j0 = j * Bc
+            arrive()
             cuda.syncthreads()  # the last step with K and V of before has been computed
             first_i, end_i = query_blocks(j0, N_q, N_k, lo, hi)
             if first_i < end_i:
-                load_KV(sK, sV, K[b, :, h // group], V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
+                copy_KV(sK, K[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
+                copy_KV(sV, V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
 
-            for i in range(Tr):
+            i, seen, any_seen = next_visit(rseen, mask[b, h], 0, j, N_q, N_k, lo, hi, ty, tx)
+            if i < Tr:
+                copy_Q(sQ, Q[b, :, h], i * Br, min(i * Br + Br, N_q), ty, tx)
+            while i < Tr:
                 i0 = i * Br
                 end = min(i0 + Br, N_q)
-                first_j, end_j = key_blocks(i0, N_q, N_k, lo, hi)
-                nothing = first_j == end_j
-                if nothing:
-                    end_j = 1  # rows that see no key at all are visited once, to write O = 0
-                if j < first_j or j >= end_j:
-                    continue
-                first, last = j == first_j, j == end_j - 1
-                seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
-                any_seen = cuda.syncthreads_or(seen)  # and the step before has been computed
-                if BOOLEAN:
-                    if any_seen == 0 and not first and not last:
-                        continue
-                load_Q(sQ, Q[b, :, h], i0, end, ty, tx)
+                first_j, end_j = visits(i0, N_q, N_k, lo, hi)
+                first, last, live = j == first_j, j == end_j - 1, any_seen != 0
+                arrive()
+                cuda.syncthreads()  # Q is here; the step before has been stored
                 if not first:
                     load_rows(sl, l[b, h], i0, end, thread)
                     load_rows(sm, m[b, h], i0, end, thread)
-                    load_O(sO, O_acc[b, :, h], i0, end, ty, tx)
-                cuda.syncthreads()
+                    copy_O(sO, O_acc[b, :, h], i0, end, ty, tx)
+
+                # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]
+                clear_S(rS, ZERO)
+                if live:
+                    QKt(rS, sQ, sK, ty, tx)
+                    score(rS, rseen, seen, scale, softcap)
+
+                i, seen, any_seen = next_visit(rseen, mask[b, h], i + 1, j, N_q, N_k, lo, hi, ty, tx)
+                arrive()
+                cuda.syncthreads()  # O, l and m are here; Q has been read
+                if i < Tr:
+                    copy_Q(sQ, Q[b, :, h], i * Br, min(i * Br + Br, N_q), ty, tx)
                 if first:
                     clear_O(rO, ZERO)
                 else:
@@ -103,14 +110,10 @@ def build(problem, tile, device):
                 for a in range(RA):
                     rm[a] = NEG_INF if first else sm[ty + a * TY]
 
-                if any_seen != 0:
-                    # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]
-                    clear_S(rS, ZERO)
-                    QKt(rS, sQ, sK, ty, tx)
-                    score(rS, rseen, seen, scale, softcap)
-
+                fill_rows(rl, ZERO)
+                fill_rows(ralpha, ONE)
+                if live:
                     # m, l, P̃ = exp(S - m)
-                    fill_rows(rl, ZERO)
                     update(rS, rm, rl, ralpha)
 
                     # O = diag(exp(m_old - m)) O + P̃ V  [Br, d]
@@ -118,9 +121,6 @@ def build(problem, tile, device):
                     put_P(sP, rS, ty, tx)
                     cuda.syncwarp()  # a row of P̃ is written and read by the lanes of one warp
                     PV(rO, sP, sV, ty, tx)
-                else:
-                    fill_rows(rl, ZERO)
-                    fill_rows(ralpha, ONE)
 
                 for a in range(RA):
                     l_old = ZERO if first else sl[ty + a * TY] * ralpha[a]
@@ -142,6 +142,7 @@ def build(problem, tile, device):
                     store_O(O[b, :, h], sO, i0, end, ty, tx)
                 else:
                     store_O_acc(O_acc[b, :, h], sO, i0, end, ty, tx)
+        arrive()
 
     run = Launch(fwd_v2_kv_outer, t.count, shared.bytes, warp=TX)
 

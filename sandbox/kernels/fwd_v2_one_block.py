@@ -30,14 +30,14 @@ def build(problem, tile, device):
     blocks, softmax, visit = Blocks(t), Softmax(t), Visit(problem, t)
     where = blocks.where()
     tile_Q, tile_K, tile_V, tile_P = shared
-    load_Q, load_KV = blocks.load(t.Br_padded, widen), blocks.load_pair(t.Bc_padded, widen)
+    copy_Q, copy_KV, arrive = blocks.copy(t.Br_padded, widen), blocks.copy(t.Bc_padded, widen), blocks.arrive()
     QKt, PV = blocks.product_nt(RA, RB, d), blocks.product_nn(RA, RD, Bc)
     clear_S, clear_O, fill_rows = blocks.fill(RA, RB), blocks.fill(RA, RD), blocks.fill_rows(RA)
-    rescale_O, put_P, put_O = blocks.scale_rows(RA, RD), blocks.put(RA, RB), blocks.put(RA, RD)
+    rescale_O, put_P, put_O = blocks.scale_rows(RA, RD), blocks.put(RA, RB), blocks.put_heads(RA, RD)
     store_O = blocks.store(narrow)
-    look, score, key_blocks = visit.look, visit.score, visit.key_blocks
+    next_seen, score, key_blocks = visit.next_seen, visit.score, visit.key_blocks
     update, row_sum = softmax.update, softmax.row_sum
-    BOOLEAN, bits = visit.boolean, visit.bits
+    bits = visit.bits
 
     @cuda.jit
     def fwd_v2_one_block(Q, K, V, mask, O, LSE, scale, softcap, lo, hi):
@@ -62,26 +62,30 @@ def build(problem, tile, device):
         for i in range(Tr):
             i0 = i * Br
             cuda.syncthreads()  # the last step of the row block before has been computed
-            load_Q(sQ, Q[b, :, h], i0, min(i0 + Br, N_q), ty, tx)
             clear_O(rO, ZERO)
             fill_rows(rm, NEG_INF)
             fill_rows(rl, ZERO)
 
             first, end = key_blocks(i0, N_q, N_k, lo, hi)
-            for j in range(first, end):
-                j0 = j * Bc
-                seen = look(rseen, mask[b, h], i0, j0, N_q, N_k, lo, hi, ty, tx)
-                if BOOLEAN:
-                    if cuda.syncthreads_or(seen) == 0:
-                        continue
-                cuda.syncthreads()  # the tiles of the step before have been read
-                load_KV(sK, sV, K[b, :, h // group], V[b, :, h // group], j0, min(j0 + Bc, N_k), ty, tx)
-                cuda.syncthreads()
+            j, seen = next_seen(rseen, mask[b, h], i0, first, end, N_q, N_k, lo, hi, ty, tx)
+            copy_Q(sQ, Q[b, :, h], i0, min(i0 + Br, N_q), ty, tx)
+            if j < end:
+                copy_KV(sK, K[b, :, h // group], j * Bc, min(j * Bc + Bc, N_k), ty, tx)
+            while j < end:
+                arrive()
+                cuda.syncthreads()  # K is here; the V of the step before has been read
+                copy_KV(sV, V[b, :, h // group], j * Bc, min(j * Bc + Bc, N_k), ty, tx)
 
                 # S = scale · Q Kᵀ, softcapped and masked  [Br, Bc]
                 clear_S(rS, ZERO)
                 QKt(rS, sQ, sK, ty, tx)
                 score(rS, rseen, seen, scale, softcap)
+
+                j, seen = next_seen(rseen, mask[b, h], i0, j + 1, end, N_q, N_k, lo, hi, ty, tx)
+                arrive()
+                cuda.syncthreads()  # V is here; K has been read
+                if j < end:
+                    copy_KV(sK, K[b, :, h // group], j * Bc, min(j * Bc + Bc, N_k), ty, tx)
 
                 # m, l, P̃ = exp(S - m)
                 update(rS, rm, rl, ralpha)
@@ -100,6 +104,7 @@ def build(problem, tile, device):
                     LSE[b, h, row] = rm[a] + log(l) if l != ZERO else NEG_INF
                 ralpha[a] = ONE / l if l != ZERO else ZERO
             rescale_O(rO, ralpha)
+            arrive()
             cuda.syncthreads()  # sQ has been read: O leaves through it
             put_O(sQ, rO, ty, tx)
             cuda.syncthreads()
