@@ -41,11 +41,11 @@ def _time(tile: Tile, heads: int, N_q: int, N_k: int, device: Device, variant: V
         blocks, steps = heads, Tr * Tc
     else:
         blocks, steps = (heads * Tr, Tc) if variant.loop_order == "q_outer" else (heads * Tc, Tr)
-    alone = ALONE if tile.Br * tile.Bc > ALONE_FROM else 1.0
+    alone = ALONE if tile.Br * tile.Bc > ALONE_FROM and blocks > device.sms else 1.0
     return -(-blocks // device.sms) * steps * (owned + OWNED) * (walked + WALKED) * alone
 
 
-# Fitted to a sweep of 16 tiles x 36 shapes on an H200 (fwd_v1, fwd_v2, bwd_v2; d 64, 128; N 1k to 8k): the choice was
-# within 2 % of the best tile.  Results of tile_size beside it: results/nvidia-h200.
-OWNED, WALKED = 16, 4
-ALONE, ALONE_FROM = 1.05, 8192  # pairs from which a tile leaves room for one block a multiprocessor only
+# Fitted to a sweep of 16 tiles x 32 shapes on an H200 (fwd_v1, fwd_v2, bwd_v2; d 64, 128; 1 to 132 heads; N 512 to 4k):
+# the choice was the best tile at each.  What tile_size measured beside it: results/nvidia-h200.
+OWNED, WALKED = 8, 6
+ALONE, ALONE_FROM = 1.1, 8192  # pairs from which a tile leaves no room for a second block on its multiprocessor
