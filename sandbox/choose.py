@@ -45,7 +45,7 @@ def _time(tile: Tile, heads: int, N_q: int, N_k: int, device: Device, variant: V
     return -(-blocks // device.sms) * steps * (owned + OWNED) * (walked + WALKED) * alone
 
 
-# Fitted to a sweep of 16 tiles x 32 shapes on an H200 (fwd_v1, fwd_v2, bwd_v2; d 64, 128; 1 to 132 heads; N 512 to 4k):
+# Fitted to a sweep of 16 tiles x 35 shapes on an H200 (fwd_v1, fwd_v2, bwd_v2; d 64, 128; 1-132 heads; N 512-16k):
 # the choice was the best tile at each.  What tile_size measured beside it: results/nvidia-h200.
-OWNED, WALKED = 8, 6
-ALONE, ALONE_FROM = 1.1, 8192  # pairs from which a tile leaves no room for a second block on its multiprocessor
+OWNED, WALKED = 22, 12
+ALONE, ALONE_FROM = 1.15, 8192  # pairs from which a tile leaves no room for a second block on its multiprocessor

@@ -154,12 +154,12 @@ def _compile(function, argument_types, threads, arch) -> Binary:
     finally:
         nvjitlink.destroy(handle)
     log = log.decode(errors="replace")
-    stack, stores, loads = map(int, re.search(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
-    ).groups())  # fmt: skip
-    return Binary(
-        bytes(cubin), Report(entry, int(re.search(r"Used (\d+) registers", log).group(1)), stack, stores + loads)
-    )
+    memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    if memory is None or registers is None:
+        raise RuntimeError(f"nvJitLink compiled {function.__name__} without reporting on it; its log: {log!r}")
+    stack, stores, loads = map(int, memory.groups())
+    return Binary(bytes(cubin), Report(entry, int(registers.group(1)), stack, stores + loads))
 
 
 @functools.cache
