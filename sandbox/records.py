@@ -46,13 +46,15 @@ tabulate = tables.tabulate
 
 @functools.cache
 def revision() -> str | None:
-    """The commit, with -dirty where sandbox/ or experiments/ differ from it.
+    """What SANDBOX_REVISION names (for a copy whose git knows another commit or none), or the commit, or None.
 
-    Outside git (a copy on a GPU machine, say) what SANDBOX_REVISION names, or None.
+    The commit is followed by -dirty where sandbox/ or experiments/ differ from it; `source` pins what was measured.
     """
+    if named := os.environ.get("SANDBOX_REVISION"):
+        return named
     commit = _git("rev-parse", "--short", "HEAD")
     if commit is None:
-        return os.environ.get("SANDBOX_REVISION") or None
+        return None
     return commit + ("-dirty" if _git("status", "--porcelain", "--", "sandbox", "experiments") else "")
 
 
