@@ -176,7 +176,7 @@ def _nothing(returned, call) -> None:
 
 
 def _verdict(call, outputs, before, allowances, traffic) -> Verdict:
-    why = [f"input {name} was changed" for name, x in call.fixed.items() if not _same_bits(x, before[name])]
+    why = [f"input {name} was changed" for name, x in call.fixed.items() if not same_bits(x, before[name])]
     errors, ratios, excess = [0.0], [0.0], {}
     for name, (star, allowed) in allowances.items():
         if outputs[name].shape != star.shape:
@@ -231,11 +231,12 @@ def _judge(output, star, allowed) -> tuple[float, torch.Tensor]:
     same = (out == star) | (out.isnan() & star.isnan())
     rounded = star.to(output.dtype).double()
     same |= rounded.isinf() & (out == rounded)  # an output may overflow its dtype where the oracle, rounded, does
-    error = torch.where(same, 0.0, (out - star).abs()).nan_to_num(torch.inf)
+    error = torch.where(same, 0.0, (out - star).abs()).nan_to_num(torch.inf, posinf=torch.inf)
     return float(error.max()) if error.numel() else 0.0, error / allowed
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype are equal bit by bit, NaN included."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
     return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
