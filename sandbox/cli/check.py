@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
+import tempfile
 from pathlib import Path
 
 import click
@@ -51,6 +52,7 @@ def COMMAND(ctx, name, quick, seconds, seed, dtype, tile, problem, fill, layout,
     First a spread of shapes, masks, dtypes and inputs, then what hypothesis draws.  A failure is made smaller; the
     command that repeats it is printed.  Exit code 1 where the kernel is wrong.
     """
+    os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "sandbox-hypothesis"))
     from .. import catalog, target
     from ..measure import sanitize as sanitizer
     from ..measure import search
