@@ -110,4 +110,7 @@ class Variant:
 @functools.cache
 def _built(variant: Variant, kind: Problem, tile: Tile, device: Device) -> Callable:
     variant.fit(kind, tile, device)
-    return variant.build(kind, tile, device)
+    launch = variant.build(kind, tile, device)
+    if not callable(launch):
+        raise TypeError(f"{variant.name}: build returned {type(launch).__name__}: expected a function, the launch")
+    return launch

@@ -2,10 +2,10 @@
 
 import pytest
 from hypothesis import given
-from problems import cases
 
 from sandbox import catalog
 from sandbox.measure import gate
+from sandbox.measure.strategies import cases
 from sandbox.variant import Infeasible
 
 KERNELS = [*catalog.variants("fwd"), *catalog.variants("bwd")]
@@ -14,11 +14,10 @@ KERNELS = [*catalog.variants("fwd"), *catalog.variants("bwd")]
 @pytest.mark.parametrize("name", KERNELS)
 @given(case=cases())
 def test_exact(name, case, device):
-    problem, tile, inputs = case
     variant = catalog.find(name)
     try:
-        verdict = gate.check(variant, problem, tile, inputs, device)
+        verdict = gate.check(variant, case.problem, case.tile, case.make(), device)
     except Infeasible as reason:
         assert not device.simulated, reason
         return
-    assert verdict.passed, f"{name} {problem} tile {tile}: {verdict.why}"
+    assert verdict.passed, f"python -m sandbox check {name} {case}: {verdict.why}"

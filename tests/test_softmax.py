@@ -6,20 +6,23 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox import catalog, target
 from sandbox.measure import gate
+from sandbox.measure.cases import ROW_INPUTS, ROW_LAYOUTS, Case, Rows
+from sandbox.measure.strategies import row_cases
 from sandbox.problem import DTYPES, Problem
 
 NAN, INF = math.nan, math.inf
 SOFTMAX = catalog.variants("softmax")
-# Around the blocks of the simulator (2 rows of 4 lanes; tiles of 4 x 8) and of a GPU (8 of 32; 16 x 128).
-ROWS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17]
-COLUMNS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 127, 128, 129]
-if target.KIND == "gpu":
-    ROWS, COLUMNS = [*ROWS, 1000], [*COLUMNS, 4095, 4097, 50257]
+
+
+def matrices(inputs=tuple(ROW_INPUTS)):
+    """X [rows, columns] of such contents, in any layout and dtype."""
+    return row_cases(inputs).map(Case.make)
+
 
 every_variant = pytest.mark.parametrize("variant", SOFTMAX.values(), ids=SOFTMAX)
 
@@ -40,87 +43,6 @@ def passes(variant, X, device):
     return verdict
 
 
-# ------------------------------------------------------------------------------------------------ what a row may hold
-
-
-def gaussian(X, random):
-    return X
-
-
-def small(X, random):
-    return X / 64
-
-
-def large(X, random):
-    return 1e4 * X
-
-
-def constant(X, random):
-    return torch.full_like(X, 3.0)
-
-
-def far_from_zero(X, random):
-    return X + 1000
-
-
-def rising(X, random):
-    return X.sort(-1).values  # the maximum grows at every step
-
-
-def falling(X, random):
-    return X.sort(-1, descending=True).values
-
-
-def one_hot(X, random):
-    return 200 * torch.nn.functional.one_hot(torch.randint(X.shape[1], X.shape[:1], generator=random), X.shape[1])
-
-
-def some_minus_inf(X, random):
-    X = X.masked_fill(torch.rand(X.shape, generator=random) < 0.6, -INF)
-    X[torch.rand(X.shape[0], generator=random) < 0.3] = -INF
-    return X
-
-
-def live_non_finite(X, random):
-    for value in (NAN, INF, -INF):
-        X = X.masked_fill(torch.rand(X.shape, generator=random) < 0.05, value)
-    return X
-
-
-CONTENTS = [gaussian, small, large, constant, far_from_zero, rising, falling, one_hot, some_minus_inf, live_non_finite]
-
-
-def transposed(X):
-    return X.t().contiguous().t()
-
-
-def gapped(X):
-    wide = X.new_full((2 * X.shape[0], 3 * X.shape[1] + 1), NAN)
-    wide[::2, 1::3] = X
-    return wide[::2, 1::3]
-
-
-def expanded_rows(X):
-    return X[:1].expand(X.shape[0], -1)
-
-
-def expanded_columns(X):
-    return X[:, :1].expand(-1, X.shape[1])
-
-
-LAYOUTS = [torch.Tensor.contiguous, transposed, gapped, expanded_rows, expanded_columns]
-
-
-@st.composite
-def matrices(draw, contents=CONTENTS):
-    rows, columns = draw(st.sampled_from(ROWS)), draw(st.sampled_from(COLUMNS))
-    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    content, layout = draw(st.sampled_from(contents)), draw(st.sampled_from(LAYOUTS))
-    assume(columns > 0 or content is not one_hot)
-    X = content(torch.randn(rows, columns, generator=random), random)
-    return layout(X.to(draw(st.sampled_from(list(DTYPES.values())))).to(target.torch_device()))
-
-
 # -------------------------------------------------------------------------------------------------------------- exact
 
 
@@ -131,14 +53,12 @@ def test_exact(variant, device, X):
 
 
 @every_variant
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_every_content_and_layout(variant, device, torch_device, dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_content_and_layout(variant, device, dtype):
     """The same, of everything once, whatever hypothesis draws."""
-    random = torch.Generator().manual_seed(0)
-    for content in CONTENTS:
-        for layout in LAYOUTS:
-            X = content(torch.randn(5, 17, generator=random), random)
-            passes(variant, layout(X.to(dtype).to(torch_device)), device)
+    for content in ROW_INPUTS:
+        for layout in ROW_LAYOUTS:
+            passes(variant, Case(Rows(5, 17, dtype), None, content, layout).make(), device)
 
 
 @every_variant
@@ -173,7 +93,7 @@ def test_strided_output(variant, device, torch_device):
 
 
 @pytest.mark.parametrize("name", ["softmax_safe", "softmax_online"])
-@given(X=matrices([gaussian]), constant=st.integers(-40, 40))
+@given(X=matrices(("gauss",)), constant=st.integers(-40, 40))
 def test_a_constant_added_to_a_row_changes_no_bit(name, device, X, constant):
     """Of integers, whose differences are exact in every dtype.  softmax_tiled multiplies before it subtracts."""
     X = (8 * X).round().clamp(-40, 40)
@@ -182,7 +102,7 @@ def test_a_constant_added_to_a_row_changes_no_bit(name, device, X, constant):
 
 
 @every_variant
-@given(X=matrices([gaussian, large]))
+@given(X=matrices(("gauss", "large")))
 def test_runs_give_the_same_bits(variant, device, X):
     assert torch.equal(softmax(variant, X, device), softmax(variant, X, device))
 

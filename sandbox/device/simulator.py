@@ -40,7 +40,12 @@ _counting = _Counting()
 
 
 class SimulatorError(RuntimeError):
-    """A defect of a kernel that the simulator found."""
+    """A defect of a kernel that the simulator found.
+
+    sites  the kernel's lines (file, line) that it is about, where the traceback does not lead there
+    """
+
+    sites: tuple[tuple[str, int], ...] = ()
 
 
 class Race(SimulatorError):
@@ -431,6 +436,7 @@ def tile_of(smem, name, shape):
 
 
 _copies: dict[int, list] = {}  # thread -> the copies that it has under way: (tile, index, value)
+_copies_from: dict[int, tuple] = {}  # and the line of the kernel that started the first of them
 
 
 def copy_quad(tile, r, k, X, n, seen):
@@ -439,11 +445,21 @@ def copy_quad(tile, r, k, X, n, seen):
         value = X[n, c] if seen else 0
         tile.start_copy((r, c))
         _copies.setdefault(_now.thread, []).append((tile, (r, c), value))
+    if _now.thread not in _copies_from:
+        _copies_from[_now.thread] = _kernel_line(sys._getframe())
 
 
 def copies_arrive():
+    _copies_from.pop(_now.thread, None)
     for tile, index, value in _copies.pop(_now.thread, ()):
         tile.end_copy(index, value)
+
+
+def _kernel_line(frame) -> tuple[str, int]:
+    """(file, line) where the kernel itself stands, in whatever device function its thread is."""
+    while frame.f_back is not None and frame.f_back.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 def launch(function, names, grid, threads, args, warp=32):
@@ -525,11 +541,17 @@ def _run_block(greenlet, cuda, function, args, block, count, warp):
             if not runnable and _meet(threads, ("block",), "threads"):
                 runnable = threads
         if _copies:
-            raise SimulatorError(f"copies into {next(iter(_copies.values()))[0][0].name} were never waited for")
+            error = SimulatorError(
+                f"copies into {next(iter(_copies.values()))[0][0].name}, by {len(_copies)} threads of block {block}, "
+                "were never waited for"
+            )
+            error.sites = tuple(sorted(set(_copies_from.values())))
+            raise error
     finally:
         _now = outer
         cuda.current = None
         _copies.clear()
+        _copies_from.clear()
 
 
 def _meet(threads, kinds, who) -> bool:
@@ -539,7 +561,9 @@ def _meet(threads, kinds, who) -> bool:
     sites = {t.request[:2] if t.request else None for t in threads}
     if len(sites) > 1:
         places = sorted(f"{s[1][0].co_name}:{s[1][1]} ({s[0]})" if s else "returned" for s in sites)
-        raise Divergence(f"{who} of block {threads[0].stamp.block} part ways: {', '.join(places)}")
+        error = Divergence(f"{who} of block {threads[0].stamp.block} part ways: {', '.join(places)}")
+        error.sites = tuple(sorted({_kernel_line(t.greenlet.gr_frame) for t in threads if t.request}))
+        raise error
     values = {t.threadIdx.x: t.request[2] for t in threads}
     for t in threads:
         t.reply = values

@@ -1,0 +1,1 @@
+"""Commands of `python -m sandbox`: module NAME holds COMMAND, a click.Command."""

@@ -1,0 +1,153 @@
+"""watch NAME: the verdict on a kernel, again after every save of its file.
+
+Each round is a process of its own, so that nothing of an earlier version is left.  The process of the next round is
+started at once and waits, everything but the kernels imported: from a save to its verdict nobody waits for imports.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from .check import PATH
+
+POLL_S = 0.1
+READY = "go\n"
+
+
+@click.command("watch")
+@click.argument("name")
+@click.option("--bench/--no-bench", default=True, show_default=True, help="On a GPU, time it against its parent too.")
+@click.option("--rounds", type=click.IntRange(1), help="End after so many rounds; else on Ctrl-C.")
+@click.option("--round", "one_round", is_flag=True, hidden=True)
+@PATH
+@click.pass_context
+def COMMAND(ctx, name, bench, rounds, one_round, path):
+    """Check the kernel NAME quickly, and time it where there is a GPU, whenever its file is saved."""
+    if one_round:
+        ctx.exit(_round(name, bench))
+    file = _file_of(name)
+    options = [] if bench else ["--no-bench"]
+    click.echo(f"watching {file}; Ctrl-C ends")
+    waiting, done, saved = _start(name, options), 0, None
+    try:
+        while rounds is None or done < rounds:
+            if (now := _saved(file)) is None or now == saved:
+                time.sleep(POLL_S)
+                continue
+            since = time.time() if saved is None else max(now[0] / 1e9, time.time() - 60)
+            saved = now
+            click.echo(f"\n--- round {done + 1}, {time.strftime('%H:%M:%S')}")
+            running, waiting = waiting, None
+            code = _finish(running)
+            verdict = {0: "passed", 1: "FAILED"}.get(code, "no verdict")
+            click.echo(
+                f"--- {verdict}, {time.time() - since:.1f} s " + ("after the save" if done else "from the start")
+            )
+            done += 1
+            waiting = _start(name, options)
+    except KeyboardInterrupt:
+        click.echo(f"\nwatched {done} rounds")
+    finally:
+        for process in (waiting, locals().get("running")):
+            if process is not None and process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _file_of(name: str) -> Path:
+    """The kernel's file, readable or not.  Raises ValueError with the nearest names."""
+    from .. import catalog
+
+    for file in catalog.broken():
+        if file.stem == name:
+            return file
+    return catalog.file_of(name)
+
+
+def _saved(file: Path) -> tuple[int, int] | None:
+    """When it was saved last, and its size; None while an editor replaces it."""
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _start(name: str, options: list[str]) -> subprocess.Popen:
+    """A process that waits for its round; a session of its own, so that Ctrl-C reaches this one alone."""
+    command = [sys.executable, "-m", "sandbox", "watch", name, "--round", *options]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def _finish(process: subprocess.Popen) -> int:
+    try:
+        process.communicate(READY)
+    except KeyboardInterrupt:
+        process.kill()
+        raise
+    return process.returncode
+
+
+# ---- one round, in a process of its own -----------------------------------------------------------------------------
+
+
+def _round(name: str, bench: bool) -> int:
+    from .. import catalog, target
+    from ..measure import search, timing  # noqa: F401  imported while nobody waits
+    from .check import COMMAND as check
+
+    device = target.device()
+    if sys.stdin.readline() != READY:
+        return 2
+    for file, reason in catalog.broken().items():
+        if file.stem == name:
+            click.echo(reason)
+            return 2
+    try:
+        check.main([name, "--quick"], prog_name="check", standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as verdict:
+        code = verdict.exit_code
+    if code == 0 and bench:
+        click.echo("  not timed: there is no GPU here" if device.simulated else f"  {_bench(name, device)}")
+    return code
+
+
+def _bench(name: str, device) -> str:
+    """A kernel's time beside its parent's, both gated and timed in this run, in a line."""
+    from .. import catalog, target
+    from ..measure import gate, timing
+    from ..measure.spread import BENCHED, tile_of
+    from ..problem import Problem
+    from ..variant import Infeasible
+
+    variant = catalog.find(name)
+    if variant.direction == "softmax":
+        return "not timed: watch times forward and backward kernels only"
+    dtype = "fp16" if "fp16" in variant.dtypes else variant.dtypes[0]
+    problem = Problem(**BENCHED, d=64, dtype=dtype)
+    inputs = gate.gaussian(problem, 0, target.torch_device())
+    told, times = [], {}
+    for one in (variant, catalog.find(variant.parent) if variant.parent else None):
+        if one is None:
+            continue
+        try:
+            verdict = gate.check(one, problem, tile_of(one, problem, device), inputs, device)
+        except Infeasible as misfit:
+            told.append(f"{one.name} not timed: {misfit}")
+            continue
+        if not verdict.passed:
+            told.append(f"{one.name} not timed: {verdict.why}")
+            continue
+        times[one.name] = timing.time(verdict).ms
+        tflops = problem.flops(one.direction) / times[one.name] * 1e-9
+        told.append(f"{one.name} {times[one.name]:.3g} ms, {tflops:.3g} TFLOP/s")
+    if len(times) == 2:
+        mine, its = times.values()
+        told.append(f"{its / mine:.2f} x its parent's speed")
+    return f"{problem}: " + "; ".join(told)
