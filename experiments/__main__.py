@@ -11,6 +11,7 @@ import click
 
 import experiments
 from sandbox import catalog, records
+from sandbox.cli._run import run
 
 from . import common
 
@@ -106,16 +107,7 @@ cli.add_command(PerExperiment("draw", command=draw_command, help="Report again f
 
 def main(words=None) -> int:
     """The exit code: 0, 1 where a kernel failed the gate, 2 on bad input (told in one line)."""
-    try:
-        return cli.main(words, prog_name="python -m experiments", standalone_mode=False) or 0
-    except click.ClickException as error:
-        if isinstance(error, click.exceptions.NoArgsIsHelpError):
-            error.show()
-        else:
-            click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
-        return 2
-    except (KeyboardInterrupt, click.Abort):
-        return 130
+    return run(cli, words, "python -m experiments")
 
 
 if __name__ == "__main__":

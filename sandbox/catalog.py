@@ -1,45 +1,157 @@
-"""Every kernel there is: the VARIANT of each file in kernels/.  A new file appears here, and everywhere, by itself."""
+"""Every kernel there is: the VARIANT of each file in kernels/, and of each prototype.  [floor 3]
+
+A new file appears here, and everywhere, by itself.  Prototypes lie outside the package, in the folders that the
+environment variable SANDBOX_PROTOTYPES names (separated like those of PATH), or in ./prototypes.  A file that is no
+kernel is kept apart with the reason, and the others work on.
+"""
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
 import importlib
-import pkgutil
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
 
 from . import kernels
 from .variant import Variant
 
+PACKAGE = Path(kernels.__path__[0])
+
+
+class Broken(ValueError):
+    """A kernel file that cannot be used: in one line; `reason` is the whole of it, a traceback perhaps."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path.name} is no kernel: {reason.strip().splitlines()[-1]}")
+        self.path, self.reason = path, reason
+
+
+def folders() -> tuple[Path, ...]:
+    """Where kernels lie: the package's folder, then those of prototypes."""
+    named = os.environ.get("SANDBOX_PROTOTYPES")
+    if named is None:
+        found = [Path("prototypes")]
+    else:
+        found = [Path(folder) for folder in named.split(os.pathsep) if folder]
+    return (PACKAGE, *dict.fromkeys(folder.resolve() for folder in found if folder.is_dir()))
+
+
+def _all() -> dict[str, Variant]:
+    return {name: variant for name, (variant, _) in _read(folders())[0].items()}
+
 
 @functools.cache
-def _all() -> dict[str, Variant]:
-    found = {}
-    for module in sorted(m.name for m in pkgutil.iter_modules(kernels.__path__)):
-        variant = getattr(importlib.import_module(f"{kernels.__name__}.{module}"), "VARIANT", None)
-        if not isinstance(variant, Variant):
-            raise TypeError(f"kernels/{module}.py: expected one VARIANT = Variant(...)")
-        if variant.name != module:
-            raise ValueError(f"kernels/{module}.py: its VARIANT is named {variant.name!r}, expected {module!r}")
-        found[module] = variant
-    return found
+def _read(folders: tuple[Path, ...]) -> tuple[dict[str, tuple[Variant, Path]], dict[Path, str]]:
+    """({name: (variant, file)}, {file: why it is broken})."""
+    found, broken = {}, {}
+    for folder in folders:
+        for file in sorted(folder.glob("*.py")):
+            if file.name.startswith("_"):
+                continue
+            try:
+                if file.stem in found:
+                    raise ValueError(f"the name {file.stem} is taken by {found[file.stem][1].parent.name}/{file.name}")
+                found[file.stem] = load(file), file
+            except SyntaxError as error:
+                broken[file] = "".join(traceback.format_exception_only(error))
+            except Exception as error:  # whatever a file's own code may raise
+                broken[file] = _from_this_file(error, file)
+    return found, broken
 
 
-def variants(direction: str | None = None) -> dict[str, Variant]:
-    """name -> Variant, all or those of one direction ('fwd', 'bwd', 'softmax')."""
-    return {name: v for name, v in _all().items() if direction in (None, v.direction)}
+def load(file: Path) -> Variant:
+    """The VARIANT of one file, imported.
+
+    Raises TypeError or ValueError where it has none, two, or one of another name, and whatever its own code raises.
+    """
+    tree = ast.parse(file.read_text(), str(file))
+    if (count := sum(_makes_a_variant(node) for node in tree.body)) != 1:
+        raise ValueError(
+            f"it has {count or 'no'} VARIANT{'s' if count > 1 else ''}: expected one VARIANT = Variant(...)"
+        )
+    if file.parent == PACKAGE:
+        module = importlib.import_module(f"{kernels.__name__}.{file.stem}")
+    else:
+        name = f"prototypes.{file.stem}"
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    variant = getattr(module, "VARIANT", None)
+    if not isinstance(variant, Variant):
+        raise TypeError(f"its VARIANT is {variant!r}: expected a Variant")
+    if variant.name != file.stem:
+        raise ValueError(f"its VARIANT is named {variant.name!r}: expected {file.stem!r}, like the file")
+    return variant
+
+
+def _makes_a_variant(node: ast.stmt) -> bool:
+    """Whether this line of a file assigns a Variant(...), or anything to VARIANT."""
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+        return False
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    makes = isinstance(node.value, ast.Call) and getattr(node.value.func, "id", None) == "Variant"
+    return makes or any(getattr(target, "id", None) == "VARIANT" for target in targets)
+
+
+def _from_this_file(error: Exception, file: Path) -> str:
+    """The error's traceback from the file's own lines on; its words alone where none is involved."""
+    lines = traceback.extract_tb(error.__traceback__)
+    start = next((n for n, line in enumerate(lines) if line.filename == str(file)), None)
+    words = "".join(traceback.format_exception_only(error))
+    if start is None:
+        return str(error) if isinstance(error, (TypeError, ValueError)) else words
+    return "Traceback (most recent call last):\n" + "".join(traceback.format_list(lines[start:])) + words
+
+
+def broken() -> dict[Path, str]:
+    """Each file that is no kernel, with the reason: words, or the traceback of what it raised."""
+    return _read(folders())[1]
+
+
+def file_of(name: str) -> Path:
+    """The file of a variant.  Raises ValueError with the nearest names."""
+    find(name)
+    return _read(folders())[0][name][1]
+
+
+def variants(direction: str | None = None, prototypes: bool = True) -> dict[str, Variant]:
+    """name -> Variant, all or those of one direction ('fwd', 'bwd', 'softmax'), with prototypes or without."""
+    return {
+        name: v
+        for name, (v, file) in _read(folders())[0].items()
+        if direction in (None, v.direction) and (prototypes or file.parent == PACKAGE)
+    }
 
 
 def find(name: str) -> Variant:
-    """The variant of that name.  Raises ValueError with the nearest names."""
+    """The variant of that name.  Raises Broken where its file is, or ValueError with the nearest names."""
     if name in _all():
         return _all()[name]
-    raise ValueError(f"variant={name!r} is unknown: {nearest(name, _all())}")
+    raise _unknown(name, _all())
+
+
+def _unknown(name: str, names) -> ValueError:
+    for file, reason in broken().items():
+        if file.stem == name:
+            return Broken(file, reason)
+    return ValueError(f"variant={name!r} is unknown: {nearest(name, names)}")
 
 
 def nearest(name: str, names) -> str:
     """'did you mean …' or, where nothing is near, all names."""
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
+
+
+def children(parent: str | None) -> list[Variant]:
+    """The variants made from `parent`; for None those made from none, or from one that is not here."""
+    known = _all()
+    return [v for v in known.values() if (v.parent if v.parent in known else None) == parent]
 
 
 def generations() -> list[str]:
@@ -62,7 +174,7 @@ def forward(name: str) -> Variant:
         return _all()[name]
     if name in _all():
         raise ValueError(f"variant={name!r} is a {_all()[name].direction} kernel: expected one of {', '.join(names)}")
-    raise ValueError(f"variant={name!r} is unknown: {nearest(name, names)}")
+    raise _unknown(name, names)
 
 
 def backward_of(forward: Variant, deterministic: bool = False) -> Variant:

@@ -193,12 +193,12 @@ def make_table(what: str, words: list[str]) -> str:
 
 
 def lineage() -> str:
-    """Each variant, its parent, and the one thing that it changes."""
+    """Each variant of the package, its parent, and the one thing that it changes."""
     from . import catalog
 
     rows = [
         [f"`{v.name}`", v.direction, v.loop_order or "", f"`{v.parent}`" if v.parent else "", v.delta]
-        for v in catalog.variants().values()
+        for v in catalog.variants(prototypes=False).values()
     ]
     return tabulate(rows, ["variant", "direction", "loop order", "made from", "what it changes"], "pipe")
 

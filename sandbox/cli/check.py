@@ -11,21 +11,9 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from ._path import PATH
+
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-
-
-def add_path(ctx, param, folder: Path | None) -> Path | None:
-    """`--path DIR`: kernel files of that folder are found too, by child processes as well."""
-    if folder is not None:
-        folders = [str(folder), *filter(None, [os.environ.get("SANDBOX_PROTOTYPES")])]
-        os.environ["SANDBOX_PROTOTYPES"] = os.pathsep.join(folders)
-    return folder
-
-
-PATH = click.option(
-    "--path", type=click.Path(exists=True, file_okay=False, path_type=Path), callback=add_path, is_eager=True,
-    metavar="DIR", help="Find kernel files in this folder too.",
-)  # fmt: skip
 
 
 @click.command("check")

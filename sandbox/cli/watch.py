@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from .check import PATH
+from ._path import PATH
 
 POLL_S = 0.1
 READY = "go\n"
