@@ -8,6 +8,7 @@ import torch
 import sandbox
 from sandbox import Mask, Problem, catalog, reference, target
 from sandbox.measure import gate
+from sandbox.measure.memory import peak_bytes
 from sandbox.variant import Tile
 
 SIMULATED = target.KIND == "simulator"
@@ -260,25 +261,6 @@ def test_memory_grows_linearly(variant):
     small, large = extra(N), extra(4 * N)
     assert large < 4.5 * small and large < 4 * N * 8 * 60
     assert SIMULATED or large < (4 * N) ** 2
-
-
-def peak_bytes(run) -> int:
-    """Peak bytes of torch tensors that run() allocates."""
-    if not SIMULATED:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 # ---- on a GPU

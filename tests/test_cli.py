@@ -141,10 +141,17 @@ def test_a_prototype_appears_by_itself(folder):
     assert taken.returncode == 0 and "my_idea" in taken.stdout, taken.stderr
 
 
+MAKES_ONE = "from sandbox.variant import Variant\nVARIANT = Variant()\n"
 NO_KERNELS = {
     "no_variant": ("x = 1\n", "no VARIANT: expected one"),
-    "two_variants": ("from sandbox.variant import Variant\nVARIANT = Variant()\nVARIANT = Variant()\n", "it has 2 VARIANTs: expected one"),
-    "another_variant": ("from sandbox.variant import Variant\nVARIANT = Variant()\nOTHER = Variant()\n", "it has 2 VARIANTs: expected one"),
+    "two_variants": (
+        f"{MAKES_ONE}VARIANT = Variant()\n",
+        "it has 2 VARIANTs: expected one",
+    ),
+    "another_variant": (
+        f"{MAKES_ONE}OTHER = Variant()\n",
+        "it has 2 VARIANTs: expected one",
+    ),
     "wrong_kind": ("VARIANT = 3\n", "its VARIANT is 3: expected a Variant"),
     "raises": ("def f():\n    return 1 / 0\n\nVARIANT = f()\n", "ZeroDivisionError: division by zero"),
     "cannot_be_read": ("VARIANT = (\n", "SyntaxError"),
