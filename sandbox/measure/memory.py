@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 
@@ -19,11 +22,31 @@ def peak_bytes(run: Callable[[], object]) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with _quiet(), torch.profiler.profile(profile_memory=True) as profile:
+    profile = torch.profiler.profile(profile_memory=True)
+    with _quiet():
+        profile.start()
+    try:
         run()
+    finally:
+        with _quiet():
+            profile.stop()
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def _quiet():
+    """The profiler tells standard error that it starts and stops; nobody asked."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
