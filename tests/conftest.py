@@ -68,3 +68,13 @@ def device():
 def torch_device():
     """Where their tensors live."""
     return target.torch_device()
+
+
+@pytest.fixture(autouse=True)
+def prototypes_stay_as_they_were():
+    """`--path DIR` of one test is not seen by the next."""
+    before = os.environ.get("SANDBOX_PROTOTYPES")
+    yield
+    os.environ.pop("SANDBOX_PROTOTYPES", None)
+    if before is not None:
+        os.environ["SANDBOX_PROTOTYPES"] = before
