@@ -14,14 +14,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from sandbox import catalog, reference, target
+from sandbox import catalog, picture, reference, target
 from sandbox.choose import choose_tile
 from sandbox.mask import Mask
 from sandbox.measure import gate, timing
 from sandbox.problem import Problem
 from sandbox.variant import Device, Infeasible, Tile
 
-from . import common, inputs, picture
+from . import common, inputs
 from .common import Experiment, milliseconds
 
 VARIANT = "fwd_v2"

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import click
 import torch
 
-from sandbox import catalog
+from sandbox import catalog, picture
 from sandbox.mask import Mask
 from sandbox.measure import formulas, standard, timing
 from sandbox.problem import Problem
 from sandbox.variant import Device, Tile
 
-from . import common, inputs, picture
+from . import common, inputs
 from .common import Experiment, count, gigabytes, milliseconds, number, problem_of, ratio, total
 
 FORWARD = ("fwd_v1", "fwd_v2_kv_outer", "fwd_v2_one_block", "fwd_v2")

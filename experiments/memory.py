@@ -14,7 +14,7 @@ import click
 import torch
 
 import sandbox
-from sandbox import target
+from sandbox import picture, target
 from sandbox.choose import choose_tile
 from sandbox.device import simulator
 from sandbox.mask import Mask
@@ -23,7 +23,7 @@ from sandbox.measure.memory import peak_bytes
 from sandbox.problem import Problem
 from sandbox.variant import Device
 
-from . import common, picture
+from . import common
 from .common import Experiment
 
 STANDARD = "standard"

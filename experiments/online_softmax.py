@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import click
 import torch
 
-from sandbox import catalog, target
+from sandbox import catalog, picture, target
 from sandbox.device import simulator
 from sandbox.measure import formulas, gate, timing
 from sandbox.variant import Device
 
-from . import common, picture
+from . import common
 from .common import Experiment, milliseconds
 
 SAFE, ONLINE = "softmax_safe", "softmax_online"

@@ -10,14 +10,14 @@ from __future__ import annotations
 import click
 import numpy as np
 
-from sandbox import catalog
+from sandbox import catalog, picture
 from sandbox.choose import choose_tile
 from sandbox.mask import Mask
 from sandbox.measure import formulas
 from sandbox.problem import Problem
 from sandbox.variant import Device, Tile
 
-from . import common, inputs, picture
+from . import common, inputs
 from .common import Experiment, count, milliseconds, number, problem_of, ratio, short, total
 
 VARIANTS = ("fwd_v1", "fwd_v2", "bwd_v1", "bwd_v2")

@@ -9,7 +9,8 @@ A table of README.md stands between two markers; the first says which results it
     ...
     <!-- end -->
 
-`columns` picks and orders the columns, every other word keeps the rows whose field has that value.
+`columns` picks and orders the columns, `pivot=provider values=tflops` adds one for each provider, filled with its
+TFLOP/s; every other word keeps the rows whose field has that value.
 `table:variants` is the lineage of the kernels, from the catalog: each variant, its parent and what it changes.
 """
 
@@ -181,15 +182,26 @@ def make_table(what: str, words: list[str]) -> str:
     if what == "variants":
         return lineage()
     options = dict(word.partition("=")[::2] for word in words)
-    columns = options.pop("columns", "")
+    columns, pivot, values = (options.pop(word, "") for word in ("columns", "pivot", "values"))
     rows = read(RESULTS / f"{what}.jsonl")
     rows = [row for row in rows if all(_shown(row.get(field)) == value for field, value in options.items())]
     if not rows:
         raise ValueError(f"table:{what} {' '.join(words)}: no such rows under results/")
     columns = columns.split(",") if columns else list(rows[0])
+    if pivot:
+        rows, columns = pivoted(rows, columns, pivot, values)
     body = [[_shown(row.get(column)) for column in columns] for row in rows]
     numeric = [all(isinstance(row.get(column), (int, float, type(None))) for row in rows) for column in columns]
     return tabulate(body, columns, "pipe", colalign=["right" if n else "left" for n in numeric], disable_numparse=True)
+
+
+def pivoted(rows: list[dict], columns: list[str], pivot: str, values: str) -> tuple[list[dict], list[str]]:
+    """(rows, columns): one row for all that agree in `columns`, one column more for each value of the field `pivot`."""
+    wide: dict[tuple, dict] = {}
+    for row in rows:
+        key = tuple(json.dumps(row.get(column)) for column in columns)
+        wide.setdefault(key, {column: row.get(column) for column in columns})[str(row.get(pivot))] = row.get(values)
+    return list(wide.values()), [*columns, *dict.fromkeys(str(row.get(pivot)) for row in rows)]
 
 
 def lineage() -> str:

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from experiments import common, fp32_sdpa, loop_order, picture, tile_size
+from experiments import common, fp32_sdpa, loop_order, tile_size
 from experiments.__main__ import main, names
-from sandbox import records, reference, target
+from sandbox import picture, records, reference, target
 from sandbox.mask import Mask
 from sandbox.measure import counters, formulas, gate, standard
 from sandbox.problem import Problem

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from experiments import memory, online_softmax, picture
+from experiments import memory, online_softmax
 from experiments.__main__ import main
-from sandbox import catalog, target
+from sandbox import catalog, picture, target
 
 SIMULATED = target.KIND == "simulator"
 simulated = pytest.mark.skipif(not SIMULATED, reason="counted on the simulator")
