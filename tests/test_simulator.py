@@ -223,7 +223,7 @@ def test_a_copy_that_nobody_waits_for():
         sX = sim.tile_of(cuda.shared.array(0, float32), "sX", (1, 4))
         sim.copy_quad(sX, 0, 0, X, 0, True)
 
-    with pytest.raises(sim.SimulatorError, match="copies into sX were never waited for"):
+    with pytest.raises(sim.SimulatorError, match="copies into sX, by 1 threads of block 0, were never waited for"):
         run(kernel, zeros(1, 4), threads=1)
 
 

@@ -13,7 +13,7 @@ from ..variant import Variant
 
 
 def layout(problem, tile, device):
-    t = Threads.of(tile, problem.d, device, overhead=120)
+    t = Threads.of(tile, problem.d, device, overhead=120 + 8 * problem.mask.boolean)
     rows, keys, columns = t.Br_padded, t.Bc_padded, t.d_padded
     return t, Shared(sQ=(rows, columns), sK=(keys, columns), sV=(keys, columns), sP=(rows, keys))
 
