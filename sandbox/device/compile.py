@@ -1,9 +1,8 @@
 """From a Python kernel to an sm_90a binary, with or without a GPU, kept on disk; and its launch.
 
-Numba's public compiler gives PTX, nvJitLink a cubin and ptxas's report.  Binaries are kept under a key that covers
+Numba's public compiler gives PTX, nvJitLink a cubin and ptxas's report.  cubin.py keeps them under a key that covers
 the code of the kernel and of all it calls, their constants, the argument types and the compiler's versions, so an
-edited kernel or another tile never meets an old binary.  Files appear by atomic rename and carry their own hash: a
-broken one is rebuilt, and where the folder cannot be written the binary lives in memory only.
+edited kernel or another tile never meets an old binary.
 Numba's own launcher costs 38-103 µs a call; here arguments are packed once a call and given to cuLaunchKernel.
 """
 
@@ -12,22 +11,19 @@ from __future__ import annotations
 import ctypes
 import dis
 import functools
-import hashlib
 import importlib.metadata
-import json
 import os
 import re
-import tempfile
 import threading
 import types as python_types
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from cuda.bindings import driver, nvjitlink
 from numba import cuda
 from numba.cuda import types
+
+from ..cubin import Report, file_of, read, write
 
 _lock = threading.RLock()
 _ELEMENT = {
@@ -38,16 +34,6 @@ _ELEMENT = {
     torch.uint8: types.uint8,
     torch.int32: types.int32,
 }
-
-
-@dataclass(frozen=True)
-class Report:
-    """What ptxas says of a kernel: registers a thread, bytes of stack and of spills a thread."""
-
-    entry: str
-    registers: int
-    stack: int
-    spills: int
 
 
 class Binary:
@@ -120,19 +106,13 @@ def kernel(function, argument_types: tuple, threads: int, arch: str = "sm_90a") 
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         arch = f"sm_{major}{minor}" + "a" * (major == 9)
-    key = hashlib.sha256(
-        repr((_fingerprint(function), argument_types, threads, arch, _versions())).encode()
-    ).hexdigest()
+    file = file_of(function.__name__, (_fingerprint(function), argument_types, threads, arch, _versions()))
     with _lock:
-        path = cache_folder() / f"{function.__name__}-{key[:24]}.cubin"
-        if (binary := _read(path)) is None:
-            binary = _compile(function, argument_types, threads, arch)
-            _write(path, binary)
+        if (kept := read(file)) is not None:
+            return Binary(*kept)
+        binary = _compile(function, argument_types, threads, arch)
+        write(file, binary.cubin, binary.report)
         return binary
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("SANDBOX_CACHE") or Path.home() / ".cache" / "sandbox")
 
 
 def _compile(function, argument_types, threads, arch) -> Binary:
@@ -154,12 +134,9 @@ def _compile(function, argument_types, threads, arch) -> Binary:
     finally:
         nvjitlink.destroy(handle)
     log = log.decode(errors="replace")
-    memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    registers = re.search(r"Used (\d+) registers", log)
-    if memory is None or registers is None:
+    if (report := Report.of(entry, log)) is None:
         raise RuntimeError(f"nvJitLink compiled {function.__name__} without reporting on it; its log: {log!r}")
-    stack, stores, loads = map(int, memory.groups())
-    return Binary(bytes(cubin), Report(entry, int(registers.group(1)), stack, stores + loads))
+    return Binary(bytes(cubin), report)
 
 
 @functools.cache
@@ -202,25 +179,3 @@ def _fingerprint(x):
     if isinstance(x, (int, float, str, tuple, type(None), np.generic, types.Type)):
         return repr(x)
     return getattr(x, "__qualname__", None) or repr(type(x))
-
-
-def _read(path: Path) -> Binary | None:
-    try:
-        header, _, cubin = path.read_bytes().partition(b"\n")
-        header = json.loads(header)
-        if header.pop("sha256") == hashlib.sha256(cubin).hexdigest():
-            return Binary(cubin, Report(**header))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
-
-
-def _write(path: Path, binary: Binary) -> None:
-    header = json.dumps({**asdict(binary.report), "sha256": hashlib.sha256(binary.cubin).hexdigest()})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(header.encode() + b"\n" + binary.cubin)
-        os.replace(file.name, path)
-    except OSError:
-        pass  # a read-only folder: compiled again in the next process
