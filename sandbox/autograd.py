@@ -7,7 +7,7 @@ import torch
 from . import catalog, target
 from .choose import choose_tile
 from .problem import problem_of
-from .variant import Tile
+from .variant import SECONDS_PER_MULTIPLY_ADD, Tile
 
 PATIENCE = 120.0  # seconds that a simulated call may take without force=True
 
@@ -48,21 +48,22 @@ def attention(
         if any(s < 0 for s in x.stride()):
             raise ValueError(f"{name} has strides {x.stride()}: expected none below 0")
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    backward = catalog.backward_of(forward, torch.are_deterministic_algorithms_enabled())
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    backward = catalog.backward_of(forward, deterministic) if needs_grad else None
     tiles = [_tile(tile, problem, device, x) for x in ([forward, backward] if needs_grad else [forward])]
     if device.simulated and not force:
-        refuse_if_slow(problem, "fwd" if not needs_grad else "fwd+bwd")
+        refuse_if_slow(problem, "fwd" if not needs_grad else "fwd+bwd", forward.pace)
     seen = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask
     seen = seen.expand(problem.B, problem.H, *((1, 1) if mask is None else (problem.N_q, problem.N_k)))
     O, LSE = _Attention.apply(q, k, v, seen, problem, device, forward, backward, tiles)
     return (O, LSE) if return_lse else O
 
 
-def refuse_if_slow(problem, direction: str) -> None:
+def refuse_if_slow(problem, direction: str, pace: float = SECONDS_PER_MULTIPLY_ADD) -> None:
     """Raises ValueError with the estimated time where simulating takes longer than PATIENCE."""
     from .device.simulator import estimate_seconds
 
-    seconds = estimate_seconds(problem, direction)
+    seconds = estimate_seconds(problem, direction, pace)
     if seconds > PATIENCE:
         raise ValueError(
             f"{problem} would take about {_duration(seconds)} on the simulator, more than {PATIENCE:.0f} s: "

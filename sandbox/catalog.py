@@ -21,6 +21,7 @@ from . import kernels
 from .variant import Variant
 
 PACKAGE = Path(kernels.__path__[0])
+HOPPER = "hopper"  # the folder, beside a kernel's file, of its CUDA C++
 
 
 class Broken(ValueError):
@@ -119,6 +120,13 @@ def file_of(name: str) -> Path:
     return _read(folders())[0][name][1]
 
 
+def files_of(name: str) -> list[Path]:
+    """The file of a variant, and its CUDA C++ where it has some."""
+    file = file_of(name)
+    cu = file.parent / HOPPER / f"{name}.cu"
+    return [file, cu] if cu.exists() else [file]
+
+
 def variants(direction: str | None = None, prototypes: bool = True) -> dict[str, Variant]:
     """name -> Variant, all or those of one direction ('fwd', 'bwd', 'softmax'), with prototypes or without."""
     return {
@@ -179,7 +187,13 @@ def forward(name: str) -> Variant:
 
 def backward_of(forward: Variant, deterministic: bool = False) -> Variant:
     """The backward of the forward's generation: its default, or with `deterministic` one that always gives the same
-    bits."""
+    bits.  Raises ValueError where the generation has none."""
+    generations = sorted({v.generation for v in variants("bwd").values()})
+    if forward.generation not in generations:
+        raise ValueError(
+            f"variant={forward.name!r} has no backward: expected a variant of {' or '.join(generations)} "
+            "where gradients are needed, or torch.no_grad()"
+        )
     default = _default("bwd", forward.generation)
     if not deterministic or default.deterministic:
         return default

@@ -18,6 +18,8 @@ SIMULATED = Tile(16, 16)
 
 def choose_tile(problem: Problem, device: Device, variant: Variant) -> Tile:
     """The tile for this problem.  Raises Infeasible where none fits."""
+    if variant.usual is not None:
+        return variant.usual(problem, device)
     if device.simulated:
         return SIMULATED
     return _choose(problem.kind, problem.B * problem.H, problem.N_q, problem.N_k, device, variant)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .cubin import cache_folder
+
 OK, NONE, BROKEN = "ok", "none", "broken"
 PACKAGES = ("numpy", "torch", "numba", "numba-cuda", "cuda-bindings", "greenlet", "hypothesis", "click", "matplotlib")
 LIBRARIES = {"nvvm": "kernels to PTX", "nvJitLink": "PTX to a binary", "nvrtc": "CUDA C++ to a binary"}
@@ -99,7 +101,7 @@ def libraries() -> Iterator[Finding]:
 
 def cache() -> Finding:
     """Where compiled kernels are kept."""
-    folder = Path(os.environ.get("SANDBOX_CACHE") or Path.home() / ".cache" / "sandbox")
+    folder = cache_folder()
     files = list(folder.glob("*.cubin"))
     size = sum(file.stat().st_size for file in files) / 1e6
     try:

@@ -17,7 +17,8 @@ Parent {parent}; the one idea: …
 
 
 def create(name: str, parent: str, folder: Path | None = None) -> Path:
-    """Writes FOLDER/NAME.py, a copy of the variant `parent` under that name; its path.
+    """Writes FOLDER/NAME.py, a copy of the variant `parent` under that name; its path.  Where the parent has a .cu file
+    in the folder `hopper` beside it, so has the copy.
 
     folder   the package's own kernels unless given; made where it is missing
     The copy has `parent` as its parent, an empty delta, stands for no generation, and imports sandbox by its full name
@@ -29,11 +30,15 @@ def create(name: str, parent: str, folder: Path | None = None) -> Path:
         raise ValueError(f"NAME={name!r} is the name of a generation: choose another")
     original = catalog.file_of(parent)
     file = (Path(folder) if folder else catalog.PACKAGE) / f"{name}.py"
-    taken = [path for path in (file, *(f / file.name for f in catalog.folders())) if path.exists()]
+    cu = file.parent / catalog.HOPPER / f"{name}.cu"
+    taken = [path for path in (file, cu, *(f / file.name for f in catalog.folders())) if path.exists()]
     if taken:
         raise ValueError(f"NAME={name!r} is taken: {taken[0]} exists")
     text = copied(original.read_text(), parent, name, inside=file.parent.resolve() == catalog.PACKAGE)
     file.parent.mkdir(parents=True, exist_ok=True)
+    for source in catalog.files_of(parent)[1:]:
+        cu.parent.mkdir(exist_ok=True)
+        records.write_whole(cu, re.sub(rf"\b{parent}\b", name, source.read_text()))
     records.write_whole(file, text)
     return file
 

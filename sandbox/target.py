@@ -69,7 +69,10 @@ def device() -> Device:
 @functools.cache
 def _gpu(index: int) -> Device:
     p = torch.cuda.get_device_properties(index)
-    return Device(p.name, "gpu", p.multi_processor_count, p.shared_memory_per_block_optin, registers=255, threads=1024)
+    return Device(
+        p.name, "gpu", p.multi_processor_count, p.shared_memory_per_block_optin, registers=255, threads=1024,
+        capability=(p.major, p.minor),
+    )  # fmt: skip
 
 
 def torch_device() -> torch.device:

@@ -1,4 +1,5 @@
-"""What a kernel file declares: Variant, Tile, Infeasible; and the Device it is judged on.  [floor 1: no numba]"""
+"""What a kernel file declares: Variant, Tile, Infeasible, Unsupported; and the Device it is judged on.
+[floor 1: no numba]"""
 
 from __future__ import annotations
 
@@ -36,6 +37,14 @@ class Infeasible(ValueError):
         self.tile, self.reason = tile, reason
 
 
+class Unsupported(Infeasible):
+    """A problem or a GPU that no tile of a kernel can do: the reason, and which kernel can, in one line."""
+
+    def __init__(self, reason: str):
+        ValueError.__init__(self, reason)
+        self.tile, self.reason = None, reason
+
+
 @dataclass(frozen=True)
 class Device:
     """The limits a tile must keep to.  Sizes in bytes and 32-bit registers."""
@@ -46,6 +55,7 @@ class Device:
     shared: int  # shared memory one block may have
     registers: int  # registers one thread may have
     threads: int  # threads one block may have
+    capability: tuple[int, int] = (9, 0)
 
     @property
     def simulated(self) -> bool:
@@ -60,6 +70,11 @@ SIMULATOR = Device("simulator", "simulator", sms=1, shared=232_448, registers=25
 HOPPER = Device("NVIDIA H200", "gpu", sms=132, shared=232_448, registers=255, threads=1024)
 
 
+SECONDS_PER_MULTIPLY_ADD = (
+    1.2e-6  # seconds a multiply-add takes, simulated; measured: 0.5 to 1.5, with all the bookkeeping
+)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One kernel file.
@@ -68,9 +83,13 @@ class Variant:
     generation  'v1' | 'v2': which backward a forward takes; None for neither
     loop_order  'q_outer' | 'kv_outer'
     parent      the variant this one was made from; delta: the one thing that it changes, in a sentence
-    fit         (problem, tile, device) -> None, or raises Infeasible
+    fit         (problem, tile, device) -> None, or raises Infeasible or Unsupported
     build       (problem, tile, device) -> launch(*tensors); compiles on the first launch
     softmax variants have no tile: fit and build take None
+    tiles       the tiles that a sweep tries; () where any will do
+    usual       (problem, device) -> the tile it takes; None leaves that to choose_tile's estimate
+    unit        what multiplies: 'fma', one number at a time, or 'tensor', the tensor cores
+    pace        seconds that a multiply-add of it takes where it is simulated
     """
 
     name: str
@@ -85,17 +104,19 @@ class Variant:
     default: bool = False  # the forward or backward that its generation's name stands for
     deterministic: bool = True
     one_block_a_head: bool = False  # its grid: heads alone, or heads x row blocks
+    tiles: tuple[Tile, ...] = ()
+    usual: Callable[[Problem, Device], Tile] | None = None
+    unit: str = "fma"
+    pace: float = SECONDS_PER_MULTIPLY_ADD
 
     def space(self, problem: Problem, device: Device, sizes=(16, 32, 64, 128)) -> Iterator[Tile | Infeasible]:
-        """Every tile of sizes x sizes, in order: itself where it fits, its reason where it does not."""
-        for Br in sizes:
-            for Bc in sizes:
-                tile = Tile(Br, Bc)
-                try:
-                    self.fit(problem, tile, device)
-                    yield tile
-                except Infeasible as reason:
-                    yield reason
+        """Every tile of its own, or of sizes x sizes, in order: itself where it fits, its reason where it does not."""
+        for tile in self.tiles or (Tile(Br, Bc) for Br in sizes for Bc in sizes):
+            try:
+                self.fit(problem, tile, device)
+                yield tile
+            except Infeasible as reason:
+                yield reason
 
     def launcher(self, problem: Problem, tile: Tile, device: Device) -> Callable:
         """What `build` makes, one for all problems of this kind: launch(problem, *tensors).

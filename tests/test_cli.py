@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import sandbox
-from sandbox import catalog, doctor, prototype
+from sandbox import catalog, doctor, prototype, target
 from sandbox.__main__ import main
+from sandbox.emulator import compiler
 from sandbox.variant import Tile
 
 ROOT = Path(sandbox.__file__).parents[1]
@@ -91,6 +92,19 @@ def test_a_copy_gives_the_same_bits(folder, torch_device):
     q, k, v = torch.randn(3, 1, 9, 2, 8, device=torch_device)
     ours = sandbox.attention(q, k, v, variant="my_idea", tile=Tile(8, 8))
     assert torch.equal(ours, sandbox.attention(q, k, v, variant="fwd_v2", tile=Tile(8, 8)))
+
+
+@pytest.mark.skipif(target.KIND == "simulator" and compiler() is None, reason="no C++ compiler to emulate it with")
+def test_a_copy_of_a_hopper_kernel_takes_its_cuda_along(folder, torch_device):
+    prototype.create("my_idea", "fwd_v3", folder)
+    catalog._read.cache_clear()
+    assert catalog.files_of("my_idea") == [folder / "my_idea.py", folder / "hopper" / "my_idea.cu"]
+    assert "my_idea(const __grid_constant__" in (folder / "hopper" / "my_idea.cu").read_text()
+    q, k, v = torch.randn(3, 1, 150, 2, 64, device=torch_device).half()
+    ours = sandbox.attention(q, k, v, variant="my_idea", tile=Tile(128, 64))
+    assert torch.equal(ours, sandbox.attention(q, k, v, variant="fwd_v3", tile=Tile(128, 64)))
+    with pytest.raises(ValueError, match="is taken"):
+        prototype.create("my_idea", "fwd_v2", folder)
 
 
 def test_a_copy_in_the_package_imports_as_its_neighbours_do():

@@ -30,16 +30,16 @@ def COMMAND(ctx, name, bench, rounds, one_round, path):
     """Check the kernel NAME quickly, and time it where there is a GPU, whenever its file is saved."""
     if one_round:
         ctx.exit(_round(name, bench))
-    file = _file_of(name)
+    files = _files_of(name)
     options = [] if bench else ["--no-bench"]
-    click.echo(f"watching {file}; Ctrl-C ends")
+    click.echo(f"watching {', '.join(map(str, files))}; Ctrl-C ends")
     waiting, done, saved = _start(name, options), 0, None
     try:
         while rounds is None or done < rounds:
-            if (now := _saved(file)) is None or now == saved:
+            if (now := _saved(files)) is None or now == saved:
                 time.sleep(POLL_S)
                 continue
-            since = time.time() if saved is None else max(now[0] / 1e9, time.time() - 60)
+            since = time.time() if saved is None else max(max(now)[0] / 1e9, time.time() - 60)
             saved = now
             click.echo(f"\n--- round {done + 1}, {time.strftime('%H:%M:%S')}")
             running, waiting = waiting, None
@@ -59,23 +59,22 @@ def COMMAND(ctx, name, bench, rounds, one_round, path):
                 process.wait()
 
 
-def _file_of(name: str) -> Path:
-    """The kernel's file, readable or not.  Raises ValueError with the nearest names."""
+def _files_of(name: str) -> list[Path]:
+    """The kernel's file, readable or not, and its CUDA C++.  Raises ValueError with the nearest names."""
     from .. import catalog
 
     for file in catalog.broken():
         if file.stem == name:
-            return file
-    return catalog.file_of(name)
+            return [file]
+    return catalog.files_of(name)
 
 
-def _saved(file: Path) -> tuple[int, int] | None:
-    """When it was saved last, and its size; None while an editor replaces it."""
+def _saved(files: list[Path]) -> list[tuple[int, int]] | None:
+    """When each was saved last, and its size; None while an editor replaces one."""
     try:
-        stat = file.stat()
+        return [(stat.st_mtime_ns, stat.st_size) for stat in (file.stat() for file in files)]
     except FileNotFoundError:
         return None
-    return stat.st_mtime_ns, stat.st_size
 
 
 def _start(name: str, options: list[str]) -> subprocess.Popen:

@@ -22,7 +22,7 @@ class Launch:
     """
 
     def __init__(self, kernel, threads: int, shared: int = 0, warp: int = 32):
-        self.function = kernel.py_func
+        self.function, self.name = kernel.py_func, kernel.py_func.__name__
         self.names = list(inspect.signature(self.function).parameters)
         self.threads, self.shared, self.warp = threads, shared, warp
         self._compiled = {}

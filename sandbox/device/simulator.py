@@ -25,6 +25,8 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
+from ..variant import SECONDS_PER_MULTIPLY_ADD
+
 _lock = threading.RLock()
 _device_globals: dict[int, dict] = {}  # the modules of device functions, where `cuda` is swapped during a launch
 
@@ -82,6 +84,16 @@ def counting():
         yield traffic
     finally:
         _counting.blocks.remove(traffic)
+
+
+def count(name: str, reads: int, writes: int, itemsize: int) -> None:
+    """Adds accesses of one array to every `counting()` block that this Python thread is inside of."""
+    letter = name.partition("_")[0]  # O_acc is O, kept in fp32
+    for traffic in _counting.blocks:
+        traffic.reads[letter] += reads
+        traffic.writes[letter] += writes
+        traffic.read_bytes += reads * itemsize
+        traffic.write_bytes += writes * itemsize
 
 
 class Stamp:
@@ -412,14 +424,13 @@ def _numpy(dtype):
     return np.dtype(getattr(dtype, "name", dtype))
 
 
-SECONDS_PER_MULTIPLY_ADD = 1.2e-6  # measured: 0.5 to 1.5 on one core, with all the bookkeeping
 PRODUCTS = {"fwd": 2, "bwd": 5, "fwd+bwd": 7}
 
 
-def estimate_seconds(problem, direction: str = "fwd") -> float:
+def estimate_seconds(problem, direction: str = "fwd", pace: float = SECONDS_PER_MULTIPLY_ADD) -> float:
     """About how long a problem takes to simulate; direction 'fwd', 'bwd' or 'fwd+bwd'."""
     pairs = problem.B * problem.H * problem.mask.pairs(problem.N_q, problem.N_k)
-    return PRODUCTS[direction] * pairs * (problem.d + 4) * SECONDS_PER_MULTIPLY_ADD
+    return PRODUCTS[direction] * pairs * (problem.d + 4) * pace
 
 
 def register(function):
@@ -489,14 +500,10 @@ def launch(function, names, grid, threads, args, warp=32):
             for tile in cuda.tiles.values():
                 shared[0][tile.name] += tile.reads
                 shared[1][tile.name] += tile.writes
+        for a in args:
+            if isinstance(a, GlobalArray):
+                count(a.name, a.tally.reads, a.tally.writes, a.dtype.itemsize)
         for traffic in _counting.blocks:
-            for a in args:
-                if isinstance(a, GlobalArray):
-                    letter = a.name.partition("_")[0]  # O_acc is O, kept in fp32
-                    traffic.reads[letter] += a.tally.reads
-                    traffic.writes[letter] += a.tally.writes
-                    traffic.read_bytes += a.tally.reads * a.dtype.itemsize
-                    traffic.write_bytes += a.tally.writes * a.dtype.itemsize
             traffic.shared_reads.update(shared[0])
             traffic.shared_writes.update(shared[1])
 

@@ -69,6 +69,12 @@ def fwd_q_outer(p: Problem, tile: Tile):
     return _times(heads, reads), _times(heads, writes)
 
 
+def fwd_v3(p: Problem, tile: Tile):
+    """As fwd_q_outer, but a row block that sees nothing does not load its Q."""
+    reads, writes = fwd_q_outer(p, tile)
+    return reads | {"Q": p.B * p.H * (p.N_q - walk(p, tile).blind_rows) * p.d}, writes
+
+
 def fwd_v1(p: Problem, tile: Tile):
     """Every tile is visited; K and V once, while Q, O, l, m pass through global memory at every key block."""
     heads = p.B * p.H
@@ -136,7 +142,9 @@ FORMULAS: dict[str, Callable] = {
     "fwd_v1": fwd_v1,
     "fwd_v2": fwd_q_outer,
     "fwd_v2_one_block": fwd_q_outer,
+    "fwd_v2_normalised": fwd_q_outer,
     "fwd_v2_kv_outer": fwd_v2_kv_outer,
+    "fwd_v3": fwd_v3,
     "bwd_v1": bwd_v1,
     "bwd_v2": bwd_v2,
     "bwd_v2_deterministic": bwd_v2_deterministic,

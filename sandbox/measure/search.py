@@ -193,12 +193,12 @@ def _strategy(variant, device, listed, dtype, tile):
     if variant.direction == "softmax":
         return strategies.row_cases(dtypes=tuple(dtypes))
     if device.simulated:
-        of = strategies.builds().filter(lambda build: build[1] in dtypes)
-        return strategies.cases(of.map(lambda build: (*build[:2], tile or build[2], *build[3:])))
+        of = strategies.builds(variant).filter(lambda build: build[1] in dtypes)
+        return strategies.cases(of=of.map(lambda build: (*build[:2], tile or build[2], *build[3:])))
     kinds = {
         (p.d, p.dtype, case.tile, p.mask.banded, p.mask.boolean, p.softcap) for case in listed for p in [case.problem]
     }
-    return strategies.cases(st.sampled_from(sorted(kinds)))
+    return strategies.cases(of=st.sampled_from(sorted(kinds)))
 
 
 # ---- smaller --------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def spread(
     if variant.direction == "softmax":
         found = [replace(case, problem=_in(case.problem, variant, dtype)) for case in _rows(quick)]
         return list(dict.fromkeys(found))
-    if device.simulated:
+    if device.simulated and not variant.tiles:
         lines = QUICK_SIMULATED if quick else SIMULATED
     else:
         lines = QUICK_GPU if quick else GPU

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 from hypothesis import strategies as st
 
 from .. import target
 from ..mask import Mask
 from ..problem import DTYPES, Problem
-from ..variant import Tile
+from ..variant import Infeasible, Tile, Variant
 from .cases import INPUTS, LAYOUTS, ROW_INPUTS, ROW_LAYOUTS, Case, Rows
 
 SIMULATED = target.KIND == "simulator"
@@ -21,9 +23,33 @@ GPU_BUILDS = [
 GPU_MASKS = [(False, False, 0.0), (True, False, 0.0), (False, True, 0.0), (True, False, 15.0)]  # band, boolean, softcap
 
 
+# The same of kernels that are made for certain tiles only; compiled everywhere.
+OWN_BUILDS = [
+    (64, "fp16", Tile(192, 64)), (40, "bf16", Tile(128, 64)), (128, "bf16", Tile(128, 80)),
+    (256, "fp16", Tile(128, 64)),
+]  # fmt: skip
+
+
+@functools.cache
+def own_builds(variant: Variant) -> list[tuple]:
+    """(d, dtype, tile, banded, boolean, softcap) of those that such a kernel takes."""
+    found = []
+    for d, dtype, tile in OWN_BUILDS:
+        for banded, boolean, softcap in GPU_MASKS:
+            kind = Problem(1, 1, 1, 1, 1, d, dtype, mask=Mask(causal=banded, boolean=boolean), softcap=softcap)
+            try:
+                variant.fit(kind, tile, target.device())
+                found.append((d, dtype, tile, banded, boolean, softcap))
+            except Infeasible:
+                continue
+    return found
+
+
 @st.composite
-def builds(draw):
+def builds(draw, variant: Variant | None = None):
     """(d, dtype, tile, banded, boolean, softcap)."""
+    if variant is not None and variant.tiles:
+        return draw(st.sampled_from(own_builds(variant)))
     if not SIMULATED:
         return *draw(st.sampled_from(GPU_BUILDS)), *draw(st.sampled_from(GPU_MASKS))
     d = draw(st.sampled_from([1, 3, 4, 8, 12, 16, 20]))
@@ -34,7 +60,7 @@ def builds(draw):
 
 def sizes(step: int):
     """0, 1 and the neighbours of multiples of a tile's side."""
-    most = 3 * step if not SIMULATED else min(3 * step, 34)
+    most = 3 * step if not SIMULATED else min(3 * step, max(34, 2 * step))
     near = sorted({n for k in (1, 2, 3) for n in (k * step - 1, k * step, k * step + 1) if n <= most + 1} | {0, 1})
     return st.sampled_from(near) | st.integers(0, most)
 
@@ -51,9 +77,9 @@ def masks(draw, banded: bool, boolean: bool):
 
 
 @st.composite
-def cases(draw, of=None):
-    """A Case of forward and backward kernels; `of` draws what it is built for, as `builds` does."""
-    d, dtype, tile, banded, boolean, softcap = draw(builds() if of is None else of)
+def cases(draw, variant: Variant | None = None, of=None):
+    """A Case of forward and backward kernels; `of` draws what it is built for, as `builds` of the variant does."""
+    d, dtype, tile, banded, boolean, softcap = draw(builds(variant) if of is None else of)
     H_kv, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (1, 3)]))
     N_q, N_k = draw(sizes(tile.Br)), draw(sizes(tile.Bc))
     if draw(st.booleans()):

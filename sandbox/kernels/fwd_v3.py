@@ -1,0 +1,126 @@
+"""FlashAttention-3, forward, for Hopper: copies, products and softmax run at the same time.  [FA3, 2407.08608, §3]
+
+The kernel is hopper/fwd_v3.cu: a producer warp feeds a ring of K and V tiles by the tensor copy engine (TMA), two or
+three warpgroups multiply on the tensor cores (wgmma), taking turns (ping-pong) and computing a tile's softmax while
+the next tile's Q Kᵀ is under way (overlap).  Here stand its tiles, its grid and its arguments.
+
+Each of v3's ideas is a switch of `made`: that is how the ablations are built.
+"""
+
+import ctypes
+from pathlib import Path
+
+from ..device.hopper import HopperLaunch, Output, Panels, addressable
+from ..variant import Infeasible, Tile, Unsupported, Variant
+
+FILE = Path(__file__).parent / "hopper" / "fwd_v3.cu"
+WARPGROUP_ROWS, MOST_KEYS, PANEL = 64, 256, 64
+L2_BYTES = 32 << 20  # of K and V that are worked on at a time
+ACCUMULATORS = {2: 216, 3: 136}  # registers a thread has for S, P and O, by warpgroups
+TILES = tuple(Tile(Br, Bc) for Br in (128, 192) for Bc in (64, 80, 96, 112, 128, 144, 160, 176, 192))
+
+
+class Shape(ctypes.Structure):
+    """The kernel's sizes and mask: scheduler.cuh."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("N_q", "N_k", "H", "group", "lo", "hi", "heads", "section")]
+    _fields_ += [("scale", ctypes.c_float), ("softcap", ctypes.c_float)]
+
+
+def padded(d: int) -> int:
+    """Head columns that are multiplied: a multiple of 16, the k of one product."""
+    return -(-d // 16) * 16
+
+
+def shared_bytes(d: int, tile: Tile, stages: int, apart: bool) -> int:
+    """sQ and, where it is apart, sO [Br, d], `stages` of sK and sV [Bc, d], in panels of 64 columns; and 3,072 bytes
+    for barriers and to align them all."""
+    columns = -(-d // PANEL) * PANEL
+    return 2 * columns * ((1 + apart) * tile.Br + 2 * stages * tile.Bc) + 3072
+
+
+def memory(problem, tile, device) -> tuple[int, bool]:
+    """(stages of K and V, whether O has a tile of its own): as much as fits, O first, up to four stages."""
+    choices = [(stages, apart) for apart in (True, False) for stages in (4, 3, 2)]
+    fits = (choice for choice in choices if shared_bytes(problem.d, tile, *choice) <= device.shared)
+    return next(fits, (2, False))
+
+
+def fit(problem, tile, device):
+    if problem.dtype == "fp32":
+        raise Unsupported("fwd_v3 takes fp16 and bf16, not fp32: fwd_v2 takes fp32")
+    if problem.mask.boolean:
+        raise Unsupported("fwd_v3 has no boolean masks: fwd_v2 has them")
+    if problem.d % 8:
+        raise Unsupported(f"fwd_v3 takes head_dim in multiples of 8, not {problem.d}: fwd_v2 takes any")
+    if device.capability[0] != 9:
+        major, minor = device.capability
+        raise Unsupported(f"fwd_v3 needs a Hopper GPU (sm_90), this is sm_{major}{minor}: fwd_v2 runs here")
+    if tile.Br not in (128, 192) or tile.Bc % 16 or tile.Bc > MOST_KEYS:
+        raise Infeasible(tile, f"fwd_v3 takes 128 or 192 rows and a multiple of 16 keys up to {MOST_KEYS}")
+    if (need := shared_bytes(problem.d, tile, *memory(problem, tile, device))) > device.shared:
+        raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
+    warpgroups = tile.Br // WARPGROUP_ROWS
+    if (need := 3 * tile.Bc // 4 + padded(problem.d) // 2) > ACCUMULATORS[warpgroups]:
+        raise Infeasible(tile, f"needs {need} registers a thread for S, P and O, there are {ACCUMULATORS[warpgroups]}")
+
+
+def usual(problem, device) -> Tile:
+    """FA3's tiles, where they fit our registers."""
+    d = padded(problem.d)
+    tile = Tile(128, 80) if d > 192 else Tile(128, 112) if d > 128 else Tile(128, 128 if problem.mask.banded else 176)
+    fit(problem, tile, device)
+    return tile
+
+
+def made(problem, tile, stages, apart, *, ping_pong=True, overlap=True):
+    """[plain, scored]: the kernels of this kind of problem.  Scored: scores are scaled before the softmax."""
+    defines = {
+        "HEAD_DIM": padded(problem.d), "WARPGROUPS": tile.Br // WARPGROUP_ROWS, "TILE_BC": tile.Bc, "STAGES": stages,
+        "O_APART": int(apart), "BF16": int(problem.dtype == "bf16"), "BANDED": int(problem.mask.banded),
+        "PING_PONG": int(ping_pong), "OVERLAP": int(overlap),
+    }  # fmt: skip
+    threads = 128 * (defines["WARPGROUPS"] + 1)
+    bytes = shared_bytes(problem.d, tile, stages, apart)
+    return [HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}) for scored in (0, 1)]
+
+
+def build(problem, tile, device):
+    plain, scored = made(problem, tile, *memory(problem, tile, device))
+
+    def launch(problem, Q, K, V, mask, O, LSE):
+        B, N_q, H, d = Q.shape
+        if O.numel() == 0:
+            return
+        if problem.N_k == 0:
+            K = V = Q  # there is no map of an empty tensor, and none is needed
+        lo, hi = problem.mask.band(N_q, problem.N_k)
+        section = problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d))
+        shape = Shape(N_q, problem.N_k, H, problem.group, lo, hi, B * H, section, problem.scale, problem.softcap)
+        row_blocks = B * H * -(-N_q // tile.Br)
+        run = scored if problem.softcap > 0 or problem.scale <= 0 else plain
+        run(
+            min(device.sms, row_blocks), Panels("Q", addressable(Q), WARPGROUP_ROWS),
+            Panels("K", addressable(K), tile.Bc), Panels("V", addressable(V), tile.Bc),
+            Panels("O", O, WARPGROUP_ROWS), Output("LSE", LSE), shape,
+        )  # fmt: skip
+
+    return launch
+
+
+VARIANT = Variant(
+    name="fwd_v3",
+    direction="fwd",
+    generation="v3",
+    loop_order="q_outer",
+    parent="fwd_v2",
+    delta="for Hopper's tensor cores: copies, products and softmax overlap, by a producer warp, turns and a pipeline",
+    dtypes=("fp16", "bf16"),
+    fit=fit,
+    build=build,
+    tiles=TILES,
+    usual=usual,
+    unit="tensor",
+    pace=1e-8,
+    default=True,
+)

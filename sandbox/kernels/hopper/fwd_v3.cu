@@ -1,0 +1,272 @@
+// FlashAttention-3, forward, for Hopper: a producer warp and two or three warpgroups that multiply.
+// [FA3, 2407.08608, Algorithms 1 and 2]
+//
+// One block a multiprocessor walks through row blocks (persistent).  The producer asks the copy engine for Q, K and V
+// tiles, always STAGES ahead; each consumer warpgroup owns 64 rows.  Three ideas, each a switch:
+//
+//     WARP_SPECIALIZED  copies have a warp of their own, which hands its registers to the warpgroups
+//     PING_PONG         while one warpgroup multiplies, another takes its softmax  (§3.1)
+//     OVERLAP           Q Kᵀ of the next block runs under the softmax of this one  (§3.2)
+//
+// Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES, BF16, BANDED (causal, window), SCORED (scaled before the
+// softmax), O_APART (O has a tile of its own, so that the next Q comes early; else it leaves through Q's), the switches.
+#include "pipeline.cuh"
+#include "scheduler.cuh"
+#include "softmax.cuh"
+#include "wgmma.cuh"
+
+constexpr int d = HEAD_DIM, Bc = TILE_BC, Br = 64 * WARPGROUPS, PANELS = (d + 63) / 64;  // a panel: 64 columns of a tile, 128 bytes wide
+constexpr int Q_BYTES = 64 * PANELS * 128, KV_PANEL = Bc * 128, KV_BYTES = PANELS * KV_PANEL;
+constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps, each of which releases a stage
+
+struct Shared {
+    alignas(1024) unsigned char sQ[WARPGROUPS][Q_BYTES];  // [64, d] each
+    alignas(1024) unsigned char sO[O_APART ? WARPGROUPS : 1][O_APART ? Q_BYTES : 1024];
+    alignas(1024) unsigned char sK[STAGES][KV_BYTES];     // [Bc, d]
+    alignas(1024) unsigned char sV[STAGES][KV_BYTES];     // [Bc, d]
+    u64 Q[2 * WARPGROUPS], K[2 * STAGES], V[2 * STAGES];  // barriers
+};
+
+struct Tensors {
+    const TensorMap &Q, &K, &V, &O;  // boxes of 64 columns x 64 rows (Q, O) or x Bc rows (K, V)
+    float *LSE;                      // [batch, heads, N_q]
+};
+
+// ---- the producer ---------------------------------------------------------------------------------------------------
+
+DEVICE void copy_tile(u32 tile, const TensorMap &map, u32 barrier, int row, int rows, int head, int batch, u64 policy) {
+#pragma unroll
+    for (int p = 0; p < PANELS; ++p) copy_in(tile + p * rows * 128, map, barrier, 64 * p, row, head, batch, policy);
+}
+
+DEVICE void produce(Shared &s, const Tensors &t, const Shape &shape) {
+    Ring<STAGES> K(s.K), V(s.V);
+    u32 Q_parity = 1;  // the first Q waits for nobody
+    Schedule<Br, Bc, BANDED> schedule{shape};
+    for (Work w; schedule.take(w);) {
+        if (w.first == w.end) continue;
+        const int kv_head = w.head / shape.group;
+        auto load_K = [&](int j) {
+            K.acquire(KV_BYTES);
+            copy_tile(shared_address(s.sK[K.stage]), t.K, K.arrived(), j * Bc, Bc, kv_head, w.batch, EVICT_LAST);
+            K.next();
+        };
+        load_K(w.end - 1);
+        for (int g = 0; g < WARPGROUPS; ++g) {
+            barrier_wait(shared_address(s.Q + WARPGROUPS + g), Q_parity);  // the tile is free
+            barrier_expect(shared_address(s.Q + g), Q_BYTES);
+            copy_tile(shared_address(s.sQ[g]), t.Q, shared_address(s.Q + g), w.i0 + 64 * g, 64, w.head, w.batch, EVICT_FIRST);
+        }
+        Q_parity ^= 1;
+        for (int j = w.end - 1; j >= w.first; --j) {
+            if (j > w.first) load_K(j - 1);
+            V.acquire(KV_BYTES);
+            copy_tile(shared_address(s.sV[V.stage]), t.V, V.arrived(), j * Bc, Bc, kv_head, w.batch, EVICT_LAST);
+            V.next();
+        }
+    }
+}
+
+// ---- a consumer warpgroup: 64 rows ------------------------------------------------------------------------------------
+
+struct Consumer {
+    Shared &s;
+    const Tensors &t;
+    const Shape &shape;
+    const int warpgroup, warp, lane;
+    Ring<STAGES> K{s.K}, V{s.V};
+    Turns<WARPGROUPS, PING_PONG> turn{warpgroup};
+    u32 Q_parity = 0;
+    u64 Q;            // descriptor of sQ
+    Work w;
+    int row;          // of this thread's first row in the sequence; its second is 8 further
+    float unit;       // of S, in powers of 2
+    Softmax softmax;
+    float rS[Bc / 2];  // S, then P̃  [64, Bc]
+    u32 rP[Bc / 4];    // P̃ in 16 bits, two to a register
+    float rO[d / 2];   // O  [64, d]
+
+    DEVICE Consumer(Shared &s, const Tensors &t, const Shape &shape, int warpgroup)
+        : s(s), t(t), shape(shape), warpgroup(warpgroup), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32),
+          Q(by_columns(shared_address(s.sQ[warpgroup]))), unit((SCORED ? 1.f : shape.scale) * 1.4426950408889634f) {}
+
+    DEVICE void run() {
+        Schedule<Br, Bc, BANDED> schedule{shape};
+        while (schedule.take(w)) {
+            row = w.i0 + 64 * warpgroup + 16 * warp + lane / 4;
+            softmax = Softmax();
+#pragma unroll
+            for (int e = 0; e < d / 2; ++e) rO[e] = 0.f;
+            if (w.first < w.end) attend();
+            finish();
+        }
+        if (threadIdx.x % 128 == 0) copies_out_read();
+    }
+
+    // The key blocks from last to first: those that the mask cuts, then whole ones, then, in a window, cut ones again.
+    DEVICE void attend() {
+        barrier_wait(shared_address(s.Q + warpgroup), Q_parity);
+        int j = w.end - 1;
+        first(j--);
+        for (; j >= w.first && !whole(j); --j) step<true>(j);
+        for (; j >= w.first && whole(j); --j) step<false>(j);
+        for (; j >= w.first; --j) step<true>(j);
+        last();
+    }
+
+    // S of the first block has nothing to run under.
+    DEVICE void first(int j) {
+        K.wait();
+        scores();
+        products_wait<0>(rS);
+        K.release(), K.next();
+        mask(j);
+        softmax.update(rS, unit);
+        take_P();
+    }
+
+    // S_j = Q K_jᵀ is under way while O += P̃ V of the block before begins; then the softmax of S_j runs under that.
+    template <bool MASKED>
+    DEVICE void step(int j) {
+        K.wait();
+        turn.wait();
+        scores();
+        V.wait();
+        weigh();
+        turn.pass();
+        products_wait<OVERLAP ? 1 : 0>(rS);
+        K.release(), K.next();
+        if (MASKED) mask(j); else score();
+        softmax.update(rS, unit);
+        products_wait<0>(rO);
+        V.release(), V.next();
+        take_P();
+        scale_rows(rO, softmax.alpha);
+    }
+
+    DEVICE void last() {
+        if (O_APART && lane == 0) barrier_arrive(shared_address(s.Q + WARPGROUPS + warpgroup));  // Q has been read
+        V.wait();
+        weigh();
+        products_wait<0>(rO);
+        V.release(), V.next();
+    }
+
+    // S = Q Kᵀ  [64, Bc]
+    DEVICE void scores() {
+        const u64 k = by_columns(shared_address(s.sK[K.stage]));
+        products_begin();
+#pragma unroll
+        for (int c = 0; c < d / 16; ++c) {
+            const int panel = c / 4, inside = c % 4 * NEXT_COLUMNS;
+            Product<Bc, BF16>::tiles(rS, Q + panel * (64 * 128 >> 4) + inside, k + panel * (KV_PANEL >> 4) + inside, c > 0);
+        }
+        products_commit();
+    }
+
+    // O += P̃ V  [64, d]
+    DEVICE void weigh() {
+        const u64 v = by_rows(shared_address(s.sV[V.stage]), KV_PANEL);
+        products_begin();
+#pragma unroll
+        for (int c = 0; c < Bc / 16; ++c) Product<d, BF16>::rows(rO, rP + 4 * c, v + c * NEXT_ROWS);
+        products_commit();
+    }
+
+    DEVICE void take_P() {
+#pragma unroll
+        for (int e = 0; e < Bc / 4; ++e) rP[e] = pack<BF16>(rS[2 * e], rS[2 * e + 1]);
+    }
+
+    // Whether every row of the warpgroup's block sees every key of block j.
+    DEVICE bool whole(int j) const {
+        const int last_row = min(w.i0 + Br, shape.N_q) - 1;
+        return (j + 1) * Bc <= shape.N_k &&
+               (!BANDED || (last_row + shape.lo <= j * Bc && (j + 1) * Bc - 1 <= w.i0 + shape.hi));
+    }
+
+    DEVICE void score() {
+        if (SCORED)
+#pragma unroll
+            for (int e = 0; e < Bc / 2; ++e) {
+                rS[e] *= shape.scale;
+                if (shape.softcap > 0) rS[e] = shape.softcap * tanh_fast(rS[e] / shape.softcap);
+            }
+    }
+
+    DEVICE void mask(int j) {
+        score();
+#pragma unroll
+        for (int e = 0; e < Bc / 2; ++e) {
+            const int key = j * Bc + column_of(e, lane), i = row + 8 * row_of(e);
+            if (key >= shape.N_k || (BANDED && (key < i + shape.lo || key > i + shape.hi))) rS[e] = NEG_INF;
+        }
+    }
+
+    // O = diag(l)⁻¹ O, LSE = m + log l
+    DEVICE void finish() {
+        float inverse[2];
+#pragma unroll
+        for (int a = 0; a < 2; ++a) {
+            const float l = softmax.total(a);
+            inverse[a] = l != 0.f ? 1.f / l : 0.f;  // 0: the row sees nothing
+            const int i = row + 8 * a;
+            if (lane % 4 == 0 && i < shape.N_q)
+                store(t.LSE + (static_cast<long long>(w.batch) * shape.H + w.head) * shape.N_q + i,
+                      l != 0.f ? softmax.m[a] * (unit * 0.6931471805599453f) + logf(l) : NEG_INF);
+        }
+        scale_rows(rO, inverse);
+
+        const u32 name = 1 + WARPGROUPS + warpgroup, sO = shared_address(O_APART ? s.sO[warpgroup] : s.sQ[warpgroup]);
+        if (O_APART && threadIdx.x % 128 == 0) copies_out_read();
+        named_sync(name, 128);  // the tile is free: every warp has read its Q, or the O of before has left
+        const int r = 16 * warp + lane % 16;
+#pragma unroll
+        for (int c = 0; c < d / 8; c += 2) {  // 16 columns at a time
+            const int chunk = c + lane / 16;
+            const u32 address = sO + chunk / 8 * (64 * 128) + r * 128 + (chunk % 8 ^ r % 8) * 16;
+            store_matrices(address, pack<BF16>(rO[4 * c], rO[4 * c + 1]), pack<BF16>(rO[4 * c + 2], rO[4 * c + 3]),
+                           pack<BF16>(rO[4 * c + 4], rO[4 * c + 5]), pack<BF16>(rO[4 * c + 6], rO[4 * c + 7]));
+        }
+        async_fence();
+        named_sync(name, 128);
+        if (threadIdx.x % 128 == 0) {
+            for (int p = 0; p < PANELS; ++p)
+                copy_out(t.O, sO + p * 64 * 128, 64 * p, w.i0 + 64 * warpgroup, w.head, w.batch);
+            copies_out_commit();
+            if (!O_APART) {
+                copies_out_read();
+                if (w.first < w.end) barrier_arrive(shared_address(s.Q + WARPGROUPS + warpgroup));
+            }
+        }
+        if (w.first < w.end) Q_parity ^= 1;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
+    fwd_v3(const __grid_constant__ TensorMap Q, const __grid_constant__ TensorMap K, const __grid_constant__ TensorMap V,
+           const __grid_constant__ TensorMap O, float *LSE, const __grid_constant__ Shape shape) {
+    extern __shared__ unsigned char dynamic[];
+    Shared &s = *reinterpret_cast<Shared *>((reinterpret_cast<u64>(dynamic) + 1023) / 1024 * 1024);
+    const Tensors t{Q, K, V, O, LSE};
+    if (threadIdx.x == 0) {
+        prefetch(Q), prefetch(K), prefetch(V), prefetch(O);
+        for (int g = 0; g < WARPGROUPS; ++g) {
+            barrier_init(shared_address(s.Q + g), 1);
+            barrier_init(shared_address(s.Q + WARPGROUPS + g), O_APART ? 4 : 1);
+        }
+        Ring<STAGES>::init(s.K, CONSUMERS);
+        Ring<STAGES>::init(s.V, CONSUMERS);
+        barrier_init_fence();
+    }
+    __syncthreads();
+
+    const int warpgroup = threadIdx.x / 128;
+    if (warpgroup == WARPGROUPS) {
+        give_registers<WARPGROUPS == 2 ? 24 : 32>();
+        if (threadIdx.x == 128 * WARPGROUPS) produce(s, t, shape);
+    } else {
+        take_registers<WARPGROUPS == 2 ? 240 : 160>();
+        Consumer(s, t, shape, warpgroup).run();
+    }
+}

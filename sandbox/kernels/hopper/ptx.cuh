@@ -1,0 +1,144 @@
+// One function, one instruction of PTX for sm_90a: barriers, the tensor copy engine, warpgroup bookkeeping, conversions.
+// [PTX ISA 8.x and 9.0: mbarrier, cp.async.bulk.tensor, wgmma.fence/commit_group/wait_group, setmaxnreg, stmatrix]
+//
+// Addresses of shared memory are 32-bit, as `shared_address` gives them.  Products: wgmma.cuh.  On a CPU sandbox/emulator
+// has a function for each.
+#pragma once
+#ifndef EMULATED
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE __device__ __forceinline__
+
+// What cuTensorMapEncodeTiled fills in; <cuda.h>, which declares it, needs headers that NVRTC lacks.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+DEVICE u32 shared_address(const void *p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+// ---- mbarrier: a counter of arrivals and of bytes that the copy engine has yet to bring ----------------------------
+
+DEVICE void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+// Makes barrier_init seen by the copy engine.
+DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and announces bytes that copies will bring.
+DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits until the phase of this parity is complete.
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// ---- named barriers: some warps of the block meet ------------------------------------------------------------------
+
+DEVICE void named_sync(u32 name, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
+
+DEVICE void named_arrive(u32 name, u32 threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// ---- tensor copies: a box of a tensor [batch, heads, rows, columns] and a tile in shared memory, 128-byte swizzled --
+
+// L2 eviction policies, as createpolicy.fractional encodes them for all of an access.
+constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
+
+DEVICE void copy_in(u32 tile, const TensorMap &map, u32 barrier, int column, int row, int head, int batch, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(tile),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy)
+        : "memory");
+}
+
+DEVICE void copy_out(const TensorMap &map, u32 tile, int column, int row, int head, int batch) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+                 "r"(tile), "r"(column), "r"(row), "r"(head), "r"(batch)
+                 : "memory");
+}
+
+DEVICE void copies_out_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until this thread's copies out have read their tiles.
+DEVICE void copies_out_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+DEVICE void prefetch(const TensorMap &map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
+// Orders this thread's stores to shared memory before what the copy engine and the tensor cores read.
+DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- warpgroups ----------------------------------------------------------------------------------------------------
+
+template <int Registers>
+DEVICE void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+template <int Registers>
+DEVICE void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+// Before the first product of a batch: what was written to its registers is there.
+DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most `Pending` batches are under way, the youngest ones; rC belongs to one that is done.
+template <int Pending, int Size>
+DEVICE void products_wait(float (&rC)[Size]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+#pragma unroll
+    for (int e = 0; e < Size; ++e) asm volatile("" : "+f"(rC[e])::"memory");  // nobody reads rC before the wait
+}
+
+// ---- numbers -------------------------------------------------------------------------------------------------------
+
+// One number to global memory.
+DEVICE void store(float *to, float x) { *to = x; }
+
+DEVICE float exp2_approx(float x) {  // 2 ulp; one instruction
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// tanh x = 1 - 2 / (1 + e^2x), off by some 2⁻²³: 16-bit inputs know their scores less well.
+DEVICE float tanh_fast(float x) { return 1.f - __fdividef(2.f, 1.f + exp2_approx(x * 2.8853900817779268f)); }
+
+// Two numbers in the 16-bit format of the inputs, the first in the lower half.
+template <bool Bf16>
+DEVICE u32 pack(float low, float high) {
+    u32 both;
+    if constexpr (Bf16)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+// Four 8x8 tiles of 16-bit numbers; lane l gives the address of row l % 8 of tile l / 8.
+DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+#endif

@@ -1,0 +1,55 @@
+// The online softmax on a warpgroup's accumulators: P̃, m, l and what older sums are worth.  [1805.02867; FA2 Algorithm 1]
+//
+// A thread holds two rows, lane/4 and lane/4 + 8 of its warp's 16; four neighbouring lanes share a row.
+#pragma once
+
+#include "ptx.cuh"
+
+constexpr float NEG_INF = __builtin_bit_cast(float, 0xFF800000);
+
+// The row (0 or 1) that element e of a thread's accumulators belongs to, and its column in the tile.
+DEVICE constexpr int row_of(int e) { return e / 2 % 2; }
+DEVICE constexpr int column_of(int e, int lane) { return e / 4 * 8 + lane % 4 * 2 + e % 2; }
+
+struct Softmax {
+    float m[2] = {NEG_INF, NEG_INF};  // running maximum of the scores, in S's own unit
+    float l[2] = {0.f, 0.f};          // running sum, this lane's part
+    float alpha[2];                   // exp(m_old - m): what O and l of before are worth now
+
+    // rS becomes P̃ = 2^(unit (S - m)).  unit: log2 e, times the scale that S has not had yet.
+    template <int Size>
+    DEVICE void update(float (&rS)[Size], float unit) {
+#pragma unroll
+        for (int a = 0; a < 2; ++a) {
+            float top = m[a];
+#pragma unroll
+            for (int e = 2 * a; e < Size; e += 4) top = fmaxf(top, fmaxf(rS[e], rS[e + 1]));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+            const float seen = top == NEG_INF ? 0.f : top;  // a row that has seen nothing: P̃ = 0
+            alpha[a] = exp2_approx((m[a] - seen) * unit);   // exactly 1 where m stays
+            m[a] = top;
+            float sum = 0.f;
+#pragma unroll
+            for (int e = 2 * a; e < Size; e += 4) {
+                rS[e] = exp2_approx(rS[e] * unit - seen * unit);
+                rS[e + 1] = exp2_approx(rS[e + 1] * unit - seen * unit);
+                sum += rS[e] + rS[e + 1];
+            }
+            l[a] = l[a] * alpha[a] + sum;
+        }
+    }
+
+    // The sum over a row's four lanes.
+    DEVICE float total(int a) const {
+        float sum = l[a] + __shfl_xor_sync(~0u, l[a], 1);
+        return sum + __shfl_xor_sync(~0u, sum, 2);
+    }
+};
+
+// rO = diag(x) rO
+template <int Size>
+DEVICE void scale_rows(float (&rO)[Size], const float (&x)[2]) {
+#pragma unroll
+    for (int e = 0; e < Size; ++e) rO[e] *= x[row_of(e)];
+}

@@ -1,0 +1,155 @@
+"""The emulator of Hopper kernels: what it finds in a kernel that was broken on purpose, and that it finds nothing else.
+
+Each defect edits one line of fwd_v3's sources.  It must give wrong numbers or an error in at least one of the ways that
+copies, products and threads may be ordered; the unedited sources must be right in all of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from sandbox import emulator, target
+from sandbox.kernels import fwd_v3
+from sandbox.mask import Mask
+from sandbox.measure import gate
+from sandbox.problem import DTYPES, Problem
+from sandbox.variant import SIMULATOR, Tile
+
+pytestmark = [
+    pytest.mark.skipif(target.KIND != "simulator", reason="a GPU runs the kernel itself: test_hopper.py"),
+    pytest.mark.skipif(emulator.compiler() is None, reason="no C++ compiler on this machine"),
+]
+ORDERS = [  # when things happen, and who runs first
+    dict(late_arrivals=arrivals, late_readers=readers, seed=seed)
+    for seed in (0, 1) for arrivals, readers in ((True, False), (False, True), (True, True))
+]  # fmt: skip
+PROBLEM = Problem(1, 1, 1, 200, 260, 64, "fp16", mask=Mask(causal=True))
+TILE = Tile(128, 64)
+
+CU, RING, PRODUCTS, SOFTMAX = "fwd_v3.cu", "pipeline.cuh", "wgmma.cuh", "softmax.cuh"
+S_WAIT, O_WAIT = "products_wait<OVERLAP ? 1 : 0>(rS);", "products_wait<0>(rO);"
+K_FREE, V_FREE = "K.release(), K.next();", "V.release(), V.next();"
+Q_FREE = "if (j == w.first && lane == 0) barrier_arrive(shared_address(s.Q + WARPGROUPS + warpgroup));"
+NL = "\n        "  # between two statements of a member function
+
+# file, lines as they are, as they should not be, what the emulator says (None: the numbers are wrong)
+DEFECTS = {
+    "K read before it is there": (CU, f"K.wait();{NL}turn.wait();", "turn.wait();", None),
+    "V read before it is there": (CU, f"V.wait();{NL}weigh();{NL}turn", f"weigh();{NL}turn", None),
+    "K released while it is read": (CU, f"{S_WAIT}{NL}{K_FREE}", f"{K_FREE}{NL}{S_WAIT}", None),
+    "S read while it is computed": (CU, S_WAIT, "products_wait<2>(rS);", None),
+    "P overwritten while it is read": (
+        CU, f"{O_WAIT}{NL}{V_FREE}{NL}take_P();", f"take_P();{NL}{O_WAIT}{NL}{V_FREE}", None,
+    ),
+    "Q overwritten while O leaves": (CU, "                copies_out_read();\n", "", None),
+    "O overwritten while it leaves": (CU, "if (O_APART && threadIdx.x % 128 == 0) copies_out_read();", "", None),
+    "O never waited for": (
+        CU, f"    }}{NL}if (threadIdx.x % 128 == 0) copies_out_read();\n", "    }\n", "never waited for",
+    ),
+    "Q given back while it is read": (CU, "turn.pass();", f"turn.pass();{NL}{Q_FREE}", None),
+    "O seen by nobody": (CU, "async_fence();", "", None),
+    "Q of the next rows too early": (
+        CU, "barrier_wait(shared_address(s.Q + WARPGROUPS + g), Q_parity);", "", None,
+    ),
+    "Q's phase forgotten": (CU, "if (w.first < w.end) Q_parity ^= 1;", "", None),
+    "a turn that is never passed": (CU, "turn.pass();", "", "named barrier"),
+    "a stage that is never released": (CU, f"{V_FREE}{NL}take_P", f"V.next();{NL}take_P", "nobody can go on"),
+    "a stage released too often": (
+        RING, "if (threadIdx.x % 32 == 0) barrier_arrive", "barrier_arrive", "nobody can go on",
+    ),
+    "a parity that never turns": (RING, "stage = 0, parity ^= 1", "stage = 0", None),
+    "fewer bytes than arrive": (CU, "K.acquire(KV_BYTES)", "K.acquire(KV_BYTES - 128)", "nobody can go on"),
+    "8-row groups elsewhere": (PRODUCTS, "descriptor(panel, 16, 1024)", "descriptor(panel, 16, 512)", None),
+    "V's keys elsewhere": (PRODUCTS, "NEXT_ROWS = 2048 >> 4", "NEXT_ROWS = 1024 >> 4", None),
+    "O not swizzled": (CU, "(chunk % 8 ^ r % 8) * 16", "chunk % 8 * 16", None),
+    "rows and columns of S mistaken": (SOFTMAX, "e / 2 % 2", "e % 2", None),
+    "alpha forgotten": (CU, f"take_P();{NL}scale_rows(rO, softmax.alpha);", "take_P();", None),
+    "keys past the end": (CU, "if (key >= shape.N_k || ", "if (", None),
+    "a product never waited for": (CU, f"weigh();{NL}{O_WAIT}", "weigh();", "never waited for"),
+}  # fmt: skip
+APART = ("O overwritten while it leaves", "O never waited for", "Q given back while it is read")  # O has its own tile
+
+
+@pytest.fixture
+def sources(tmp_path):
+    return shutil.copytree(fwd_v3.FILE.parent, tmp_path / "hopper") / fwd_v3.FILE.name
+
+
+def verdict(file, order: dict, monkeypatch, problem=PROBLEM, apart=False) -> gate.Verdict:
+    """The gate's on the kernel of that file, run in that order."""
+    launch = emulator.launch
+    monkeypatch.setattr(fwd_v3, "FILE", file)
+    monkeypatch.setattr(fwd_v3, "memory", lambda *_: (2, apart))  # few stages: whoever is early is too early
+    monkeypatch.setattr(emulator, "launch", lambda *a, **more: launch(*a, **more | order))
+    variant = fwd_v3.Variant(**{**vars(fwd_v3.VARIANT), "name": f"{file}"})  # built anew for this file
+    try:
+        return gate.check(variant, problem, TILE, gate.gaussian(problem, 0), SIMULATOR)
+    finally:
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_the_unedited_sources_are_right_in_every_order(sources, monkeypatch, order):
+    for apart, problem in ((False, PROBLEM), (True, PROBLEM), (True, Problem(1, 1, 1, 140, 150, 64, "fp16"))):
+        found = verdict(sources, order, monkeypatch, problem, apart)
+        assert found.passed, found.why
+
+
+@pytest.mark.parametrize("what", DEFECTS)
+def test_a_defect_is_found(sources, monkeypatch, what):
+    name, line, instead, told = DEFECTS[what]
+    text = (sources.parent / name).read_text()
+    assert text.count(line) == 1, f"{what}: the line stands there {text.count(line)} times"
+    (sources.parent / name).write_text(text.replace(line, instead))
+    problem = Problem(1, 1, 1, 140, 150, 64, "fp16") if what == "keys past the end" else PROBLEM
+    found = []
+    for order in ORDERS:
+        try:
+            found.append(verdict(sources, order, monkeypatch, problem, apart=what in APART).why)
+        except emulator.EmulatorError as error:
+            found.append(str(error))
+        if found[-1] and (told is None or told in found[-1]):
+            return
+    pytest.fail(f"{what}: {found}")
+
+
+def test_what_does_not_compile_is_told_with_its_line(sources):
+    sources.write_text(sources.read_text().replace("K.wait();", "K.weight();", 1))
+    launch = fwd_v3.made(PROBLEM.kind, TILE, 2, True)[0]
+    with pytest.raises(emulator.EmulatorError, match="(?s)fwd_v3.cu does not compile for the emulator.*weight"):
+        emulator.library(sources, "fwd_v3", tuple(launch.defines.items()))
+
+
+def test_without_a_compiler_it_says_what_to_install(sources, monkeypatch):
+    monkeypatch.setattr(emulator, "compiler", lambda: None)
+    with pytest.raises(emulator.EmulatorError, match="apt install g"):
+        emulator.library(sources, "fwd_v3", ())
+
+
+def test_a_library_is_kept(sources, monkeypatch, tmp_path):
+    monkeypatch.setenv("SANDBOX_CACHE", str(tmp_path / "cache"))
+    defines = tuple(fwd_v3.made(PROBLEM.kind, TILE, 2, True)[0].defines.items())
+    emulator.library(sources, "fwd_v3", defines)
+    (file,) = (tmp_path / "cache").iterdir()
+    written = file.stat().st_mtime_ns
+    emulator.library.cache_clear()
+    emulator.library(sources, "fwd_v3", defines)
+    assert [f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()] == [written]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_numbers_of_sixteen_bits_round_as_torchs(dtype):
+    """Every row sees two keys of equal weight: O is the mean of two neighbours among all 65,536 numbers."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(DTYPES[dtype])
+    every = every[every.isfinite() & (every.abs() < torch.finfo(every.dtype).max / 2)]
+    v = every[: every.numel() // 64 * 64].reshape(1, -1, 1, 64)
+    N = v.shape[1]
+    problem = Problem(1, 1, 1, N, N, 64, dtype, mask=Mask(window=(0, 1)))
+    O, LSE, zero = torch.empty_like(v), torch.empty(1, 1, N), torch.zeros_like(v)
+    seen = torch.ones(1, dtype=torch.bool)
+    fwd_v3.VARIANT.launcher(problem, TILE, SIMULATOR)(problem, zero, zero, v, seen, O, LSE)
+    mean = (v[:, :-1].float() + v[:, 1:].float()) / 2
+    assert torch.equal(O[:, :-1], mean.to(v.dtype)) and torch.equal(O[:, -1], v[:, -1])

@@ -1,0 +1,304 @@
+"""fwd_v3: the tough list on the emulator or a Hopper GPU; what it refuses; what its binary for sm_90a is made of."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import sandbox
+from sandbox import catalog, emulator, target
+from sandbox.choose import choose_tile
+from sandbox.kernels import fwd_v3
+from sandbox.mask import Mask
+from sandbox.measure import formulas, gate
+from sandbox.problem import Problem
+from sandbox.variant import HOPPER, SIMULATOR, Infeasible, Tile, Unsupported
+
+SIMULATED = target.KIND == "simulator"
+VARIANT = catalog.find("fwd_v3")
+runs = pytest.mark.skipif(
+    emulator.compiler() is None if SIMULATED else torch.cuda.get_device_capability()[0] != 9,
+    reason="no C++ compiler to emulate it with" if SIMULATED else "this GPU is no Hopper",
+)
+gpu_only = pytest.mark.skipif(SIMULATED, reason="needs a GPU: the emulator has no streams, graphs or large grids")
+simulated = pytest.mark.skipif(not SIMULATED, reason="accesses are counted on the emulator")
+TILE = Tile(128, 64)  # of most tests: few kinds of kernel, since each is compiled
+
+
+def check(problem: Problem, inputs: gate.Inputs | None = None, tile: Tile = TILE, seed: int = 0) -> gate.Verdict:
+    inputs = inputs or gate.gaussian(problem, seed, target.torch_device())
+    verdict = gate.check(VARIANT, problem, tile, inputs, target.device())
+    assert verdict.passed, f"{problem}: {verdict.why}"
+    return verdict
+
+
+# ---- exactness ------------------------------------------------------------------------------------------------------
+
+
+@runs
+@pytest.mark.parametrize("align", ["bottom_right", "top_left"])
+@pytest.mark.parametrize("N_q, N_k", [(150, 70), (70, 150)])
+def test_both_alignments(align, N_q, N_k):
+    check(Problem(1, 2, 1, N_q, N_k, 64, "fp16", mask=Mask(True, align)), seed=1)
+
+
+@runs
+@pytest.mark.parametrize("N_q, N_k", [(0, 5), (5, 0), (1, 1), (1, 300), (300, 1), (128, 64), (129, 65), (127, 63)])
+def test_sizes_at_the_edges(N_q, N_k):
+    check(Problem(1, 1, 1, N_q, N_k, 64, "fp16"), seed=2)
+
+
+@runs
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_live_non_finite_inputs_give_what_the_oracle_gives(which, value):
+    problem = Problem(1, 1, 1, 40, 90, 64, "fp16")
+    x = gate.gaussian(problem, 4, target.torch_device()).named()
+    x[which] = x[which].clone()
+    x[which][0, 5, 0, 2] = value
+    check(problem, gate.Inputs(**x))
+
+
+@runs
+def test_keys_past_the_end_do_not_leak():
+    problem = Problem(1, 1, 1, 13, 70, 64, "fp16")
+    x = gate.gaussian(problem, 3, target.torch_device())
+    wide = [torch.full((1, 128, 1, 64), math.nan, dtype=x.k.dtype, device=x.k.device) for _ in range(2)]
+    for w, y in zip(wide, (x.k, x.v)):
+        w[:, :70] = y
+    check(problem, gate.Inputs(x.q, wide[0][:, :70], wide[1][:, :70]))
+
+
+@runs
+def test_keys_that_the_band_hides_do_not_leak():
+    """K, NaN, in tiles that the mask empties and in tiles that it cuts."""
+    problem = Problem(1, 1, 1, 64, 300, 64, "fp16", mask=Mask(True, "top_left"))
+    x = gate.gaussian(problem, 3, target.torch_device())
+    k, v = x.k.clone(), x.v.clone()
+    k[:, 64:], v[:, 128:] = math.nan, math.nan
+    check(problem, gate.Inputs(x.q, k, v))
+
+
+@runs
+def test_large_logits_all_equal_and_one_hot():
+    problem = Problem(1, 1, 1, 60, 140, 64, "bf16")
+    x = gate.gaussian(problem, 5, target.torch_device())
+    reach = (1e4 * 8 / 64) ** 0.5
+    check(problem, gate.Inputs(x.q.sign() * reach, x.k.sign() * reach, x.v))
+    check(problem, gate.Inputs(torch.full_like(x.q, 0.5), torch.full_like(x.k, 0.25), x.v))
+    check(problem, gate.Inputs(*((y == y.amax(-1, keepdim=True)).to(y.dtype) for y in (x.q, x.k, x.v))))
+
+
+@runs
+@pytest.mark.parametrize("layout", ["heads-first", "gapped", "expanded-batch", "off by one", "aliased"])
+def test_any_strides(layout):
+    problem = Problem(2, 2, 2, 70, 70, 64, "fp16")
+    x = gate.gaussian(problem, 6, target.torch_device())
+
+    def laid(y):
+        if layout == "heads-first":
+            return y.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "gapped":
+            return torch.stack((y, y), -1).flatten(-2)[..., ::2]
+        if layout == "off by one":
+            return torch.cat((y.new_zeros(1), y.flatten()))[1:].view(y.shape)
+        return y[:1].expand_as(y) if layout == "expanded-batch" else x.q
+
+    check(problem, gate.Inputs(*map(laid, (x.q, x.k, x.v))))
+
+
+@runs
+@pytest.mark.parametrize(
+    "switches", [dict(ping_pong=False), dict(overlap=False), dict(ping_pong=False, overlap=False)], ids=str
+)
+def test_exact_with_a_switch_off(switches, monkeypatch):
+    made = fwd_v3.made
+    monkeypatch.setattr(fwd_v3, "made", lambda *a: made(*a, **switches))
+    problem = Problem(1, 2, 1, 200, 260, 64, "fp16", mask=Mask(True))
+    variant = replace(VARIANT, name=f"fwd_v3 {switches}")
+    verdict = gate.check(variant, problem, TILE, gate.gaussian(problem, 0, target.torch_device()), target.device())
+    assert verdict.passed, verdict.why
+
+
+@runs
+def test_attention_takes_it_by_generation_and_by_name():
+    q, k, v = (torch.randn(1, 40, 2, 64, dtype=torch.float16, device=target.torch_device()) for _ in range(3))
+    O, LSE = sandbox.attention(q, k, v, variant="v3", causal=True, return_lse=True)
+    again = sandbox.attention(q, k, v, variant="fwd_v3", causal=True)
+    assert torch.equal(O, again) and O.shape == q.shape and O.dtype == q.dtype and LSE.shape == (1, 2, 40)
+    right = sandbox.attention(q, k, v, variant="v2", causal=True)
+    assert torch.allclose(O.float(), right.float(), atol=2e-3)
+
+
+@runs
+@simulated
+@pytest.mark.parametrize("mask", [Mask(), Mask(True), Mask(window=(20, 5)), Mask(True, "top_left")], ids=str)
+@pytest.mark.parametrize("N_q, N_k", [(70, 150), (300, 70)])
+def test_counts_are_what_the_formula_says(mask, N_q, N_k):
+    problem = Problem(1, 2, 1, N_q, N_k, 64, "fp16", mask=mask)
+    counted, formula = check(problem).traffic, formulas.traffic("fwd_v3", problem, TILE)
+    assert {a: n for a, n in counted.reads.items() if n} == {a: n for a, n in formula.reads.items() if n}
+    assert {a: n for a, n in counted.writes.items() if n} == {a: n for a, n in formula.writes.items() if n}
+    assert (counted.read_bytes, counted.write_bytes) == (formula.read_bytes, formula.write_bytes)
+
+
+# ---- what it refuses ------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    (dict(dtype="fp32"), TILE, {}, Unsupported, "takes fp16 and bf16, not fp32"),
+    (dict(mask=Mask(boolean=True)), TILE, {}, Unsupported, "no boolean masks"),
+    (dict(d=20), TILE, {}, Unsupported, "multiples of 8, not 20"),
+    ({}, TILE, dict(capability=(8, 0)), Unsupported, "needs a Hopper GPU .sm_90., this is sm_80: fwd_v2"),
+    ({}, Tile(64, 64), {}, Infeasible, "tile 64x64: fwd_v3 takes 128 or 192 rows"),
+    ({}, Tile(128, 72), {}, Infeasible, "tile 128x72"),
+    (dict(d=256), Tile(128, 176), {}, Infeasible, "429,056 B of shared memory, a block has 232,448 B"),
+    (dict(d=256), Tile(192, 64), {}, Infeasible, "needs 176 registers a thread"),
+]
+
+
+@pytest.mark.parametrize("of, tile, device, error, told", REFUSED)
+def test_refused_with_the_reason(of, tile, device, error, told):
+    problem = Problem(**dict(B=1, H=1, H_kv=1, N_q=9, N_k=9, d=64, dtype="fp16") | of)
+    with pytest.raises(error, match=told):
+        VARIANT.launcher(problem, tile, replace(HOPPER, **device))
+
+
+def test_gradients_are_refused_before_anything_is_launched():
+    q = torch.zeros(1, 4, 1, 64, dtype=torch.float16, device=target.torch_device(), requires_grad=True)
+    with pytest.raises(ValueError, match="variant='fwd_v3' has no backward: expected a variant of v1 or v2"):
+        sandbox.attention(q, q, q, variant="v3")
+
+
+@pytest.mark.parametrize("d", [8, 64, 72, 96, 128, 160, 192, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_there_is_a_tile_for_every_head_dim(d, causal):
+    problem = Problem(1, 1, 1, 4096, 4096, d, "bf16", mask=Mask(causal))
+    for device in (HOPPER, SIMULATOR):
+        tile = choose_tile(problem, device, VARIANT)
+        VARIANT.fit(problem, tile, device)
+    assert any(isinstance(tile, Tile) for tile in VARIANT.space(problem, HOPPER))
+
+
+# ---- the binary for sm_90a, with or without a GPU -------------------------------------------------------------------
+
+INSTRUCTIONS = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "MUFU.EX2", "STSM")
+
+
+def disassembled(cubin: bytes, folder: Path) -> str:
+    (file := folder / "kernel.cubin").write_bytes(cubin)
+    tool = nvdisasm()
+    return subprocess.run([tool, "-c", str(file)], capture_output=True, text=True, check=True).stdout
+
+
+def nvdisasm() -> str | None:
+    """The disassembler of the package nvidia-cuda-nvdisasm, else of a toolkit."""
+    import shutil
+    import site
+
+    for folder in site.getsitepackages():
+        for tool in Path(folder, "nvidia").glob("cu*/bin/nvdisasm"):
+            if os.access(tool, os.X_OK):
+                return str(tool)
+    return shutil.which("nvdisasm")
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["plain", "scored"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+def test_keeps_its_registers(d, causal, scored):
+    """Spills, a stack, serialised products and an ignored setmaxnreg are errors of nvrtc.compile."""
+    problem = Problem(1, 1, 1, 4096, 4096, d, "bf16", mask=Mask(causal))
+    tile = choose_tile(problem, HOPPER, VARIANT)
+    launch = fwd_v3.made(problem, tile, *fwd_v3.memory(problem, tile, HOPPER))[scored]
+    assert launch.binary().report.registers == 65_536 // launch.threads // 8 * 8
+
+
+@pytest.mark.skipif(nvdisasm() is None, reason="no nvdisasm on this machine")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_is_made_of_hoppers_own_instructions(dtype, tmp_path):
+    problem = Problem(1, 1, 1, 4096, 4096, 128, dtype)
+    tile = choose_tile(problem, HOPPER, VARIANT)
+    text = disassembled(fwd_v3.made(problem, tile, 2, False)[0].binary().cubin, tmp_path)
+    assert all(name in text for name in INSTRUCTIONS), [name for name in INSTRUCTIONS if name not in text]
+    products = [line for line in text.splitlines() if "HGMMA" in line]
+    assert any(f"HGMMA.64x{tile.Bc}x16.F32" in line for line in products)  # S = Q Kᵀ
+    assert any("HGMMA.64x128x16.F32" in line and "tnspB" in line for line in products)  # O += P V, P in registers
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@gpu_only
+@runs
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("mask", [Mask(), Mask(True), Mask(window=(700, 30))], ids=str)
+def test_large(d, dtype, mask):
+    problem = Problem(2, 8, 4, 4000, 4100, d, dtype, mask=mask)
+    check(problem, tile=choose_tile(problem, target.device(), VARIANT), seed=7)
+
+
+@gpu_only
+@runs
+def test_many_heads_and_far_offsets():
+    check(Problem(70_000, 1, 1, 3, 3, 64, "fp16"))
+    N, H = 4096, 8448
+    big = torch.zeros(1, N, H, 64, dtype=torch.float16, device="cuda")
+    big[:, :, -1] = torch.randn(1, N, 64, device="cuda", dtype=torch.float16)
+    assert big.numel() > 2**31
+    x = big[:, :, -1:]
+    check(Problem(1, 1, 1, N, N, 64, "fp16"), gate.Inputs(x, x, x))
+
+
+@gpu_only
+@runs
+def test_same_bits_every_time_while_memory_is_busy():
+    problem = Problem(2, 16, 4, 1000, 1000, 128, "bf16", mask=Mask(True))
+    tile = choose_tile(problem, target.device(), VARIANT)
+    run, outputs = gate.prepare(VARIANT, problem, tile, gate.gaussian(problem, 5, "cuda"), target.device())
+    run()
+    first, busy = [o.clone() for o in outputs.values()], torch.empty(1 << 28, device="cuda", dtype=torch.int8)
+    other = torch.cuda.Stream()
+    for _ in range(999):
+        with torch.cuda.stream(other):
+            busy.zero_()
+        run()
+        assert all(torch.equal(a, b) for a, b in zip(first, outputs.values()))
+
+
+@gpu_only
+@runs
+def test_side_stream_and_graph():
+    q, k, v = (torch.randn(1, 2000, 4, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+    right = sandbox.attention(q, k, v, variant="v3")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = [torch.empty_like(x) for x in (q, k, v)]
+        torch.cuda._sleep(200_000_000)
+        for a, b in zip(late, (q, k, v)):
+            a.copy_(b)
+        O = sandbox.attention(*late, variant="v3")
+    stream.synchronize()
+    assert torch.equal(O, right)
+    graph, static = torch.cuda.CUDAGraph(), [x.clone() for x in (q, k, v)]
+    with torch.cuda.graph(graph):
+        O = sandbox.attention(*static, variant="v3")
+    static[0].copy_(q * 2)
+    graph.replay()
+    assert torch.equal(O, sandbox.attention(q * 2, k, v, variant="v3"))
+
+
+@gpu_only
+@runs
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has one GPU")
+def test_second_gpu():
+    q, k, v = (torch.randn(1, 200, 4, 64, device="cuda:1", dtype=torch.float16) for _ in range(3))
+    O = sandbox.attention(q, k, v, variant="v3")
+    there = [x.to("cuda:0") for x in (q, k, v)]
+    assert O.device == q.device and torch.equal(O.cpu(), sandbox.attention(*there, variant="v3").cpu())
