@@ -11,7 +11,7 @@ from sandbox import catalog, picture, records, target
 from sandbox.__main__ import main
 from sandbox.measure import bench, bench_report, gate, rivals, timing
 from sandbox.problem import Problem
-from sandbox.variant import HOPPER, Tile
+from sandbox.variant import HOPPER, SIMULATOR, Tile
 
 SIMULATED = target.KIND == "simulator"
 simulated = pytest.mark.skipif(not SIMULATED, reason="stands in for a GPU, where none is")
@@ -39,7 +39,10 @@ class Clock:
         monkeypatch.setattr(bench, "ceiling", lambda dtype: 10.0)
         monkeypatch.setattr(rivals, "launcher", self.launcher)
         monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
-        self.kind = lambda kind: monkeypatch.setattr(target, "KIND", kind)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(target, "KIND", "gpu")
+        monkeypatch.setattr(target, "device", lambda: SIMULATOR)
+        monkeypatch.setattr(target, "torch_device", lambda: torch.device("cpu"))
 
     def time(self, verdict):
         assert verdict.passed
@@ -60,6 +63,14 @@ class Clock:
 def clock(monkeypatch, tmp_path):
     """bench as on a GPU, timed by a clock of ours, computed by the simulator."""
     return Clock(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def run(clock, device, tmp_path):
+    """What bench does with points, into tmp_path: (points, fresh=False, folders) -> rows."""
+    from sandbox.cli.bench import run
+
+    return lambda points, fresh=False, folders=(tmp_path,): run(points, device, list(folders), fresh)
 
 
 def points(*providers, direction="fwd", N=(16,)):
@@ -88,13 +99,16 @@ def test_dry_run_names_the_points(capfd):
 @pytest.mark.parametrize(
     "words, hint",
     [
-        (["fwd_v3"], "did you mean"),
+        (["fwd_v22"], "did you mean"),
         (["fwd_v2", "--against", "torch:flsh"], "did you mean torch:flash"),
         (["fwd_v2", "bwd_v2"], "all of one kind"),
         (["softmax_safe"], "expected forward kernels or backward kernels"),
         (["fwd_v2", "--against", "bwd_v2"], "it is no fwd kernel"),
         (["fwd_v2", "--seqlen", "0"], "--seqlen"),
         (["fwd_v2", "--tile", "64"], "64"),
+        (["fwd_v2", "--grid", "paper", "--seqlen", "64"], "--seqlen: --grid paper has its own sizes"),
+        (["fwd_v2", "--grid", "paper", "--no-causal"], "--causal: --grid paper has its own sizes"),
+        (["fwd_v1", "--against", "parent"], "--against parent: fwd_v1 was made from no other kernel"),
         ([], "NAME"),
     ],
 )
@@ -109,23 +123,12 @@ def test_without_a_gpu_it_says_why_not(capfd, tmp_path):
     assert code == 2 and "bench needs a GPU" in err and not (tmp_path / "out").exists()
 
 
-def test_rivals_say_what_they_lack():
-    problem = Problem(1, 1, 1, 16, 16, 8, "fp32")
-    x = gate.gaussian(problem, 0)
-    reason = "there is no GPU here" if not torch.cuda.is_available() else "computes attention"
-    with pytest.raises(rivals.Unavailable, match=reason):
-        rivals.launcher("torch:flash", problem, x, "fwd" if not torch.cuda.is_available() else "softmax")
-
-
 # ----------------------------------------------------------------------------------------------------- what it measures
 
 
 @simulated
-def test_a_row_has_every_field(clock, device, tmp_path):
-    from sandbox.cli.bench import run
-
-    rows = run(points("sandbox:fwd_v2", "torch:math", "torch:cudnn"), device, [tmp_path], False)
-    ours, math, cudnn = rows
+def test_a_row_has_every_field(run):
+    ours, math, cudnn = rows = run(points("sandbox:fwd_v2", "torch:math", "torch:cudnn"))
     for row in rows:
         assert set(FIELDS) <= set(row)
         json.dumps(row, allow_nan=False)
@@ -134,10 +137,23 @@ def test_a_row_has_every_field(clock, device, tmp_path):
     assert ours["of_ceiling"] == pytest.approx(ours["tflops"] / 10)
     assert len(ours["kernel_hash"]) == 12 and ours["again"] == 0 and ours["registers"] == 9
     assert math["ms"] == 2.0 and math["max_error"] > 0.1 and math["gate"] is None  # q is not its attention
+    assert math["over"] == "sandbox:fwd_v2" and math["kernel_hash"] is None
     assert cudnn["ms"] is None and cudnn["why"] == "torch:cudnn: no cuDNN here"
     assert len({row["run"] for row in rows}) == 1
     assert "no cuDNN here" in bench_report.table(rows) and "sandbox:fwd_v2" in bench_report.compiled(rows)
+    assert bench_report.title(rows) == "fwd_v2's speed: 1.00 x torch:math"
     picture.plt.close(bench_report.draw(rows))
+
+
+@simulated
+def test_from_the_command_line(capfd, clock, tmp_path):
+    out, saved = tmp_path / "out", tmp_path / "results" / "simulator"
+    words = [*SMALL, "--against", "parent, torch:math", "--save", "--out", out]
+    code, said, _ = told(capfd, "bench", "fwd_v2", *words)
+    assert code == 0 and "fwd_v2's speed: 1.00 x fwd_v2_one_block, 1.00 x torch:math" in said
+    assert sorted(path.name for path in out.iterdir()) == ["bench.jsonl", "bench.png"]
+    assert (saved / "bench.jsonl").read_text() == (out / "bench.jsonl").read_text()
+    assert len((saved / "bench.jsonl").read_text().splitlines()) == 6
 
 
 @simulated
@@ -147,34 +163,66 @@ def test_a_backward_is_compared_by_its_gradients(clock, device):
 
 
 @simulated
-def test_what_fails_its_gate_is_never_timed(capfd, clock, tmp_path, monkeypatch):
-    source = catalog.file_of("fwd_v2").read_text().replace("from ..", "from sandbox.").replace("fwd_v2", "fwd_wrong")
-    source = source.replace('parent="fwd_wrong_one_block"', 'parent="fwd_v2"').replace("log(l)", "log(l + l)")
-    (tmp_path / "fwd_wrong.py").write_text(source)
+def test_the_oracle_is_asked_once_for_all_rivals(clock, device, monkeypatch):
+    asked, stars = [], bench.stars
+    monkeypatch.setattr(bench, "stars", lambda *what: asked.append(what) or stars(*what))
+    bench.measure(*points("torch:math", "torch:flash", "torch:efficient"), device)
+    assert len(asked) == 1
+
+
+def prototype(tmp_path, monkeypatch, name, *edit):
+    """fwd_v2 with an edit, under another name, where kernels are found."""
+    source = catalog.file_of("fwd_v2").read_text().replace("from ..", "from sandbox.").replace("fwd_v2", name)
+    source = source.replace(f'parent="{name}_one_block"', 'parent="fwd_v2"')
+    assert edit[0] in source
+    (tmp_path / f"{name}.py").write_text(source.replace(*edit))
     monkeypatch.setenv("SANDBOX_PROTOTYPES", str(tmp_path))
-    clock.kind("gpu")
-    monkeypatch.setattr(target, "device", lambda: simulator())
-    monkeypatch.setattr(target, "torch_device", lambda: torch.device("cpu"))
+
+
+@simulated
+def test_what_fails_its_gate_is_never_timed(capfd, clock, tmp_path, monkeypatch):
+    prototype(tmp_path, monkeypatch, "fwd_wrong", "log(l)", "log(l + l)")
     words = [*SMALL, "--tile", "8x8", "--against", "", "--out", tmp_path / "out"]
     code, out, err = told(capfd, "bench", "fwd_wrong", *words)
-    assert code == 1 and clock.timed == []
+    assert code == 1 and clock.timed == [] and "fwd_wrong was not timed" in out
     assert "refused: sandbox:fwd_wrong fwd fp32 B=1 H=1 N=16 d=8 full, failed: LSE is off by 0.693" in err
     rows = [json.loads(line) for line in (tmp_path / "out" / "bench.jsonl").read_text().splitlines()]
     assert [row["ms"] for row in rows] == [None, None]
 
 
-def simulator():
-    from sandbox.variant import SIMULATOR
-
-    return SIMULATOR
+@simulated
+def test_what_raises_is_refused_and_the_others_are_measured(clock, device, tmp_path, monkeypatch):
+    prototype(tmp_path, monkeypatch, "fwd_raises", "run = Launch(", "run = Lunch(")
+    wrong, right = rows = bench.measure(*points("sandbox:fwd_raises", "sandbox:fwd_v2"), device)
+    assert wrong["gate"].startswith("failed: NameError: name 'Lunch' is not defined") and right["ms"] == 2.0
+    fields = [points("x")[0].fields(provider) for provider in ("sandbox:fwd_raises", "sandbox:fwd_v2")]
+    bench.compare(rows := [fields[0] | wrong, fields[1] | right])
+    assert [row["ratio"] for row in rows] == [None, None]  # nothing to compare with
+    assert bench_report.title(rows) == "fwd_raises was not timed"
 
 
 @simulated
-def test_a_run_that_was_cut_short_goes_on(clock, device, tmp_path, monkeypatch):
-    """The point at which it stopped is measured whole; what was whole before is not measured again."""
-    from sandbox.cli.bench import run
+def test_a_kernel_that_takes_the_gpu_down_ends_the_run(clock, monkeypatch):
+    monkeypatch.setattr(gate, "check", lambda *what: (_ for _ in ()).throw(RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")))
+    with pytest.raises(ValueError, match="ILLEGAL_ADDRESS; the GPU runs nothing more"):
+        bench.measure(*points("sandbox:fwd_v2"), HOPPER)
 
-    two = points("sandbox:fwd_v2", "torch:math", N=(16, 24))
+
+@simulated
+@pytest.mark.parametrize(
+    "words, hint",
+    [(["--tile", "512x512"], "512x512"), (["--out", "/dev/null/out"], "no folder that can be written to")],
+)
+def test_refused_on_a_gpu(capfd, clock, tmp_path, words, hint):
+    code, out, err = told(capfd, "bench", "fwd_v2", *SMALL, "--out", tmp_path / "out", *words)
+    assert (code, out, clock.timed) == (2, "", []) and hint in err and not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------------- what is on record, or not
+
+
+def cut_short(run, monkeypatch, points):
+    """A run that ends at the second point, after its first provider."""
     rival, stop = bench.rival, [False, True]
 
     def interrupted(*what):
@@ -182,32 +230,62 @@ def test_a_run_that_was_cut_short_goes_on(clock, device, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return rival(*what)
 
-    monkeypatch.setattr(bench, "rival", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(two, device, [tmp_path], False)
-    on_record = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
-    assert [row["N_q"] for row in on_record] == [16, 16]
-    monkeypatch.setattr(bench, "rival", rival)
-    monkeypatch.setattr(bench, "run_id", lambda: "the second")
-    clock.timed.clear()
-    rows = run(two, device, [tmp_path], False)
-    assert clock.timed == ["ours", "ours", "rival"]
-    assert [row["run"] == "the second" for row in rows] == [False, False, True, True]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bench, "rival", interrupted)
+        run(points)
 
 
 @simulated
-def test_medians_that_differ_are_told(clock, device):
-    clock.ms = iter([2.0, 2.03, 2.0, 2.05])
-    apart = [row["again"] for point in points("sandbox:fwd_v2", N=(16, 24)) for row in bench.measure(point, device)]
-    assert apart == [pytest.approx(0.015), pytest.approx(0.025)]
-    rows = [point.fields("sandbox:fwd_v2") | {"again": x} for point, x in zip(points("x", N=(16, 24)), apart)]
-    (line,) = bench_report.careful(rows)
-    assert "N=24" in line and "+2.5 % apart" in line
+def test_a_run_that_was_cut_short_goes_on(clock, run, capfd, tmp_path, monkeypatch):
+    """The point at which it stopped is measured whole; what was whole before is not measured again."""
+    two = points("sandbox:fwd_v2", "torch:math", N=(16, 24))
+    cut_short(run, monkeypatch, two)
+    on_record = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    assert [row["N_q"] for row in on_record] == [16, 16]
+    monkeypatch.setattr(bench, "run_id", lambda: "the second")
+    clock.timed.clear()
+    rows = run(two)
+    assert clock.timed == ["ours", "rival", "ours"]
+    assert [row["run"] == "the second" for row in rows] == [False, False, True, True]
+    assert "1 of 2 points are from a run that was cut short" in capfd.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.jsonl"]
+
+
+@simulated
+def test_an_edited_kernel_is_measured_again(clock, run, monkeypatch):
+    two = points("sandbox:fwd_v2", "torch:math", N=(16, 24))
+    cut_short(run, monkeypatch, two)
+    monkeypatch.setattr(bench, "kernel_hash", lambda name: "edited")
+    clock.timed.clear()
+    assert {row["kernel_hash"] for row in run(two)} == {"edited", None} and clock.timed == 2 * ["ours", "rival", "ours"]
+
+
+@simulated
+def test_a_run_that_came_to_its_end_is_measured_again_and_compared(clock, run, monkeypatch):
+    clock.ms = iter([2.0, 2.03, 2.05, 2.1])  # of two runs, each measured twice
+    monkeypatch.setattr(bench, "run_id", iter(["first", "second"]).__next__)
+    (first,), (second,) = run(points("sandbox:fwd_v2")), run(points("sandbox:fwd_v2"))
+    assert (first["run"], first["ms_before"], second["run"], second["ms_before"]) == ("first", None, "second", 2.0)
+    assert first["again"] == pytest.approx(0.015) and bench_report.careful([first]) == []
+    twice, since = bench_report.careful([second])
+    assert "N=16 d=8 full: measured twice, +2.4 %" in twice and "since the run before, +2.5 %" in since
+
+
+@simulated
+def test_saving_keeps_what_others_measured(run, tmp_path):
+    folders = (tmp_path / "out", tmp_path / "results")
+    run(points("sandbox:fwd_v2", N=(16, 24)), folders=folders)
+    path = tmp_path / "results" / "bench.jsonl"
+    old = [json.loads(line) | {"revision": "old"} for line in path.read_text().splitlines()]
+    records.write_whole(path, "".join(json.dumps(row) + "\n" for row in old))
+    run(points("sandbox:fwd_v2", N=(24, 32)), folders=folders)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["N_q"], row["revision"] == "old") for row in rows] == [(16, True), (24, False), (32, False)]
 
 
 @pytest.mark.skipif(target.KIND == "gpu", reason="the same there, and seen in every row")
 def test_seconds_to_compile():
-    seconds = bench.compile_seconds("fwd_v2", Problem(1, 1, 1, 64, 64, 16, "fp32"), Tile(16, 16))
+    seconds = bench.compile_seconds("fwd_v2", Problem(1, 1, 1, 64, 64, 16, "fp32").kind, Tile(16, 16))
     assert 0 < seconds["cached_compile_s"] < 0.3 < seconds["compile_s"] < 60
 
 

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,14 +21,14 @@ import torch
 from .. import catalog, reference, target
 from ..choose import choose_tile
 from ..mask import Mask
-from ..problem import Problem
+from ..problem import DTYPES, Problem
 from ..variant import Device, Infeasible, Tile
-from . import gate, rivals, timing
+from . import gate, locate, rivals, timing
 
 OURS = "sandbox:"
 PAPER_TOKENS, PAPER_WIDTH = 16384, 2048  # B·N, H·d of every point
 KEY = ("provider", "direction", "dtype", "B", "H", "H_kv", "N_q", "N_k", "d", "causal", "seed", "tile")
-SAME = 0.02  # two medians of one kernel in one run may differ by this much
+SAME = 0.02  # two medians of one kernel may differ by this much
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,18 @@ class Point:
     tile: Tile | None = None  # of our kernels; chosen where None
 
     def fields(self, provider: str) -> dict:
-        p = self.problem
+        p, ours = self.problem, provider.startswith(OURS)
         return {
             "provider": provider, "direction": self.direction, "dtype": p.dtype, "B": p.B, "H": p.H, "H_kv": p.H_kv,
             "N_q": p.N_q, "N_k": p.N_k, "d": p.d, "causal": p.mask.causal, "scales": None, "input": "N(0,1)",
-            "seed": self.seed, "tile": str(self.tile) if self.tile and provider.startswith(OURS) else None,
+            "seed": self.seed, "tile": str(self.tile) if self.tile and ours else None,
+            "kernel_hash": kernel_hash(provider.removeprefix(OURS)) if ours else None,
         }  # fmt: skip
 
 
-def grid(dtype: str, direction: str, providers: tuple[str, ...], seed: int = 0) -> list[Point]:
+def grid(
+    dtype: str, direction: str, providers: tuple[str, ...], seed: int = 0, tile: Tile | None = None
+) -> list[Point]:
     """The 18 shapes that attention papers compare: d 64, 128, 256; N 1k, 4k, 16k; full and causal."""
     points = []
     for d in (64, 128, 256):
@@ -59,29 +61,36 @@ def grid(dtype: str, direction: str, providers: tuple[str, ...], seed: int = 0) 
             for N in (1024, 4096, 16384):
                 H = PAPER_WIDTH // d
                 problem = Problem(PAPER_TOKENS // N, H, H, N, N, d, dtype, mask=Mask(causal))
-                points.append(Point(problem, direction, providers, seed))
+                points.append(Point(problem, direction, providers, seed, tile))
     return points
 
 
 MEASURED = (
-    "ms", "ms_p20", "ms_p80", "tflops", "of_ceiling", "ratio", "again", "gate", "max_error", "error_ratio", "Br", "Bc",
+    "ms", "ms_p20", "ms_p80", "tflops", "of_ceiling", "again", "gate", "max_error", "error_ratio", "Br", "Bc",
     "compile_s", "cached_compile_s", "registers", "spills", "shared_bytes", "threads", "blocks_per_sm", "warps_per_sm",
-    "kernel_hash", "why",
+    "why",
 )  # fmt: skip
 
 
-def measure(point: Point, device: Device) -> Iterator[dict]:
-    """The measured fields of each provider of a point, in order.  `ratio` is its speed over the first provider's.
+def measure(point: Point, device: Device) -> list[dict]:
+    """The measured fields of each provider of a point, in order.
 
-    A kernel that fails its gate has no time, and `gate` says why; what cannot run at all says so in `why`.
+    A kernel that fails its gate has no time, and `gate` says why; what cannot run at all says so in `why`.  When all
+    have been timed, ours are timed once more: `again` is by how much the second median differs from the first.
+    Raises ValueError where a kernel takes the GPU down.
     """
     inputs = gate.gaussian(point.problem, point.seed, target.torch_device())
-    first = None
+    oracle = functools.cache(lambda: stars(point, inputs))
+    rows, passed = [], []
     for provider in point.providers:
         row = dict.fromkeys(MEASURED)
         try:
-            measured = ours if provider.startswith(OURS) else rival
-            row |= measured(provider, point, inputs, device)
+            if provider.startswith(OURS):
+                verdict, found = ours(provider, point, inputs, device)
+                passed += [(row, verdict, provider.removeprefix(OURS))] if verdict else []
+            else:
+                found = rival(provider, point, inputs, oracle)
+            row |= found
         except (Infeasible, rivals.Unavailable) as reason:
             row["why"] = str(reason)
         except torch.OutOfMemoryError:
@@ -89,34 +98,55 @@ def measure(point: Point, device: Device) -> Iterator[dict]:
         if row["ms"]:
             row["tflops"] = point.problem.flops(point.direction) / row["ms"] * 1e-9
             row["of_ceiling"] = row["tflops"] / ceiling(point.problem.dtype)
-            first = first or row["ms"]
-            row["ratio"] = first / row["ms"]
         if target.KIND == "gpu":
             torch.cuda.empty_cache()
-        yield row
+        rows.append(row)
+    for row, verdict, _ in passed:
+        row["again"] = timing.time(verdict).ms / row["ms"] - 1
+    for row, _, name in passed:  # last: the GPU idles meanwhile, and its clock falls
+        row |= compile_seconds(name, point.problem.kind, Tile(row["Br"], row["Bc"]))
+    return rows
 
 
-def ours(provider: str, point: Point, inputs, device: Device) -> dict:
-    """Gate, time, time again, and what the compiler made."""
+def compare(rows: list[dict]) -> None:
+    """Of the rows of a point: `ratio` is a provider's speed over that of `over`, the first one, in the same run."""
+    first = rows[0]
+    for row in rows:
+        row["over"] = first["provider"]
+        row["ratio"] = first["ms"] / row["ms"] if first["ms"] and row["ms"] else None
+
+
+def ours(provider: str, point: Point, inputs, device: Device) -> tuple[gate.Verdict | None, dict]:
+    """Gate, then time and what the compiler made; no Verdict where the gate failed.
+
+    max_error is the largest of all outputs, LSE too.
+    """
     variant, p = catalog.find(provider.removeprefix(OURS)), point.problem
+    if p.dtype not in variant.dtypes:
+        raise rivals.Unavailable(f"{variant.name} has {', '.join(variant.dtypes)}, not {p.dtype}")
     tile = point.tile or choose_tile(p, device, variant)
-    verdict = gate.check(variant, p, tile, inputs, device)
-    row = {
-        "gate": "passed" if verdict.passed else f"failed: {verdict.why}", "max_error": _finite(verdict.max_error),
-        "error_ratio": _finite(verdict.ratio), "Br": tile.Br, "Bc": tile.Bc, "kernel_hash": kernel_hash(variant.name),
-    }  # fmt: skip
+    row = {"Br": tile.Br, "Bc": tile.Bc}
+    try:
+        verdict = gate.check(variant, p, tile, inputs, device)
+    except (Infeasible, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a kernel file may do
+        why = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        if not device.simulated and locate.context_is_lost(error):
+            raise ValueError(f"{variant.name} on {p}: {why}; the GPU runs nothing more in this process") from None
+        return None, row | {"gate": f"failed: {why}"}
+    row |= {"max_error": _finite(verdict.max_error), "error_ratio": _finite(verdict.ratio)}
     if not verdict.passed:
-        return row
-    t, again = timing.time(verdict), timing.time(verdict)
-    row |= {"ms": t.ms, "ms_p20": t.ms_p20, "ms_p80": t.ms_p80, "again": again.ms / t.ms - 1}
-    return row | made(variant, p, tile, inputs, device) | compile_seconds(variant.name, p, tile)
+        return None, row | {"gate": f"failed: {verdict.why}"}
+    t = timing.time(verdict)
+    row |= {"gate": "passed", "ms": t.ms, "ms_p20": t.ms_p20, "ms_p80": t.ms_p80}
+    return verdict, row | made(verdict.launch, device)
 
 
-def rival(provider: str, point: Point, inputs, device: Device) -> dict:
+def rival(provider: str, point: Point, inputs, oracle) -> dict:
     """Time, and its error in O or in the gradients."""
     launch, outputs = rivals.launcher(provider, point.problem, inputs, point.direction)
-    launch()
-    errors = [float((x.double() - star).abs().max()) for x, star in zip(outputs().values(), stars(point, inputs))]
+    errors = [float((x.double() - star).abs().max()) for x, star in zip(outputs().values(), oracle())]
     t = timing.time_launch(launch)
     return {"ms": t.ms, "ms_p20": t.ms_p20, "ms_p80": t.ms_p80, "max_error": _finite(max(errors))}
 
@@ -136,17 +166,23 @@ def _finite(x: float) -> float | None:
 # ---- what the compiler made -----------------------------------------------------------------------------------------
 
 
-def made(variant, p: Problem, tile: Tile, inputs, device: Device) -> dict:
-    """Registers, spills, shared memory and occupancy of the launch's largest kernel."""
+def made(run, device: Device) -> dict:
+    """Registers, shared memory and occupancy of the largest kernel that run() launches, spills of all; only compiles.
+
+    Occupancy is None on a GPU that is no Hopper.
+    """
     from ..device.launch import compiling
 
     with compiling() as done:
-        gate.prepare(variant, p, tile, inputs, device)[0]()
+        run()
     launch, report = max(done, key=lambda one: one[0].shared)
-    blocks = blocks_per_sm(report.registers, launch.threads, launch.shared)
+    blocks = None
+    if device.capability[0] == 9:
+        blocks = blocks_per_sm(report.registers, launch.threads, launch.shared)
     return {
-        "registers": report.registers, "spills": report.spills, "shared_bytes": launch.shared,
-        "threads": launch.threads, "blocks_per_sm": blocks, "warps_per_sm": blocks * -(-launch.threads // 32),
+        "registers": report.registers, "spills": sum(report.spills for _, report in done),
+        "shared_bytes": launch.shared, "threads": launch.threads, "blocks_per_sm": blocks,
+        "warps_per_sm": blocks and blocks * -(-launch.threads // 32),
     }  # fmt: skip
 
 
@@ -164,30 +200,34 @@ def blocks_per_sm(registers: int, threads: int, shared: int) -> int:
 COMPILE = """
 import sys, time
 import torch
+import sandbox.device.compile
 from sandbox import catalog
 from sandbox.device.launch import compiling
-from sandbox.measure import gate
 from sandbox.measure.cases import parse_problem, parse_tile
 from sandbox.variant import HOPPER
-name, problem, tile = sys.argv[1], parse_problem(sys.argv[2]), parse_tile(sys.argv[3])
-variant = catalog.find(name)
-launch = variant.launcher(problem, tile, HOPPER)
-p, dtype = problem, problem.torch_dtype
+variant, p, tile = catalog.find(sys.argv[1]), parse_problem(sys.argv[2]), parse_tile(sys.argv[3])
 def X(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="meta")
-Q, K = X(p.B, p.N_q, p.H, p.d, dtype=dtype), X(p.B, p.N_k, p.H_kv, p.d, dtype=dtype)
-mask = X(1, 1, 1, 1, dtype=torch.bool).expand(p.B, p.H, p.N_q, p.N_k)
+Q, K = X(p.B, p.N_q, p.H, p.d, dtype=p.torch_dtype), X(p.B, p.N_k, p.H_kv, p.d, dtype=p.torch_dtype)
+mask, LSE = X(p.B, p.H, p.N_q, p.N_k, dtype=torch.bool), X(p.B, p.H, p.N_q)
 rest = (Q, Q, K, K) if variant.direction == "bwd" else ()
-begin = time.perf_counter()
-with compiling():
-    launch(p, Q, K, K, mask, Q, X(p.B, p.H, p.N_q), *rest)
-print(time.perf_counter() - begin)
+if torch.cuda.is_available():
+    torch.cuda.init()
+for _ in range(2):
+    launch = variant.build(p, tile, HOPPER)
+    begin = time.perf_counter()
+    with compiling():
+        launch(p, Q, K, K, mask, Q, LSE, *rest)
+    print(time.perf_counter() - begin)
 """
 
 
 @functools.cache
-def compile_seconds(name: str, p: Problem, tile: Tile) -> dict:
-    """Seconds to compile a kernel with an empty cache, and to read it from a full one, each in a fresh process."""
+def compile_seconds(name: str, kind: Problem, tile: Tile) -> dict:
+    """Seconds to compile a kernel with an empty cache, and then to read it from there, in a fresh process.
+
+    kind is Problem.kind, all that a kernel is compiled for.
+    """
     from .cases import format_problem
 
     root = str(Path(__file__).parents[2])
@@ -195,22 +235,24 @@ def compile_seconds(name: str, p: Problem, tile: Tile) -> dict:
         environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
         path = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
         environment |= {"SANDBOX_CACHE": cache, "SANDBOX_TARGET": "compile", "PYTHONPATH": path}
-        seconds = []
-        for _ in range(2):
-            words = [sys.executable, "-c", COMPILE, name, format_problem(p), str(tile)]
-            done = subprocess.run(words, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{name} does not compile on its own: {done.stderr.strip().splitlines()[-1:]}")
-            seconds.append(float(done.stdout.split()[-1]))
-    return {"compile_s": seconds[0], "cached_compile_s": seconds[1]}
+        words = [sys.executable, "-c", COMPILE, name, format_problem(kind), str(tile)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} does not compile on its own: {done.stderr.strip().splitlines()[-1:]}")
+    first, cached = map(float, done.stdout.split()[-2:])
+    return {"compile_s": first, "cached_compile_s": cached}
 
 
 @functools.cache
 def kernel_hash(name: str) -> str:
-    """Of the kernel's own file and of the device tools that it is made with."""
-    digest = hashlib.sha256(catalog.file_of(name).read_bytes())
-    for file in sorted((Path(__file__).parents[1] / "device").glob("*.py")):
-        digest.update(file.read_bytes())
+    """Of the kernel's own file, of the CUDA C++ beside it, and of the tools that kernels are made with."""
+    package, file = Path(__file__).parents[1], catalog.file_of(name)
+    files = {file, *file.parent.rglob("*.cu*"), *(package / "kernels").rglob("*.cu*")}
+    for folder in ("device", "nvrtc"):
+        files |= set((package / folder).glob("*.py"))
+    digest = hashlib.sha256()
+    for one in sorted(files):
+        digest.update(one.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -219,19 +261,15 @@ def kernel_hash(name: str) -> str:
 
 @functools.cache
 def ceiling(dtype: str) -> float:
-    """TFLOP/s of torch's 8192³ matrix product of this dtype, in this run; fp32 without TF32."""
+    """TFLOP/s of torch's 8192³ matrix product of this dtype, measured once in this run; fp32 without TF32."""
     N = 8192
-    a, b = (torch.randn(N, N, device="cuda").to(getattr(torch, gate_dtype(dtype))) for _ in range(2))
+    a, b = (torch.randn(N, N, device="cuda").to(DTYPES[dtype]) for _ in range(2))
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         return 2 * N**3 / timing.time_launch(lambda: a @ b).ms * 1e-9
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
-def gate_dtype(dtype: str) -> str:
-    return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype]
 
 
 def run_id() -> str:
