@@ -20,7 +20,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from sandbox import catalog, records, target
+from sandbox import catalog, picture, records, target
 from sandbox.device import simulator
 from sandbox.mask import Mask
 from sandbox.measure import counters, formulas, gate, timing
@@ -47,6 +47,7 @@ class Experiment:
     plan       (device, **options) -> the points.  Raises ValueError, TypeError or Infeasible on bad input
     table      rows -> text; answer: rows -> the sentences that answer; draw: rows -> a matplotlib figure
     measure    point -> the fields of its row; the points of a simulated run are measured in several processes
+    run        (out, fresh, force, **options) -> what `run` below returns: instead of a plan, to judge others' rows
     """
 
     name: str
@@ -61,6 +62,7 @@ class Experiment:
     draw: Callable[[list[dict]], object]
     measure: Callable[[Point], dict] = None  # by default, the function of this name below
     key: tuple[str, ...] = ()  # by default, what Point.fields names
+    run: Callable[..., bool] = None  # by default, plan and measure
 
     def __post_init__(self):
         object.__setattr__(self, "measure", self.measure or measure)
@@ -181,10 +183,27 @@ def run(experiment: Experiment, out: Path, fresh: bool, force: bool, options: di
 
     Raises click.UsageError, before anything is launched or written, on bad input.
     """
-    device = target.device()
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise click.UsageError(f"--out {out}: {there.name or there} is no folder that can be written to")
+    if experiment.run:
+        return experiment.run(out, fresh, force, **options)
+    rows = collect(experiment, out, fresh, force, options)
+    report(experiment, rows, out)
+    return all_passed(rows)
+
+
+def all_passed(rows: list[dict]) -> bool:
+    """Whether no row failed the gate; names those that did."""
+    failed = [row for row in rows if row["gate"] not in ("passed", None)]
+    for row in failed:
+        click.echo(f"{row['variant']} N={row['N']} tile {row['Br']}x{row['Bc']} {row['gate']}", err=True)
+    return not failed
+
+
+def collect(experiment: Experiment, out: Path, fresh: bool, force: bool, options: dict) -> list[dict]:
+    """A row for each point of the plan, from the record or measured now; refuses what `run` refuses."""
+    device = target.device()
     try:
         points = experiment.plan(device, **options)
         log = records.Log(out, experiment.name, experiment.key)
@@ -218,11 +237,7 @@ def run(experiment: Experiment, out: Path, fresh: bool, force: bool, options: di
         raise
     rows = [rows[id(p)] for p in points]
     log.finish(rows)
-    report(experiment, rows, out)
-    failed = [row for row in rows if row["gate"] not in ("passed", None)]
-    for row in failed:
-        click.echo(f"{row['variant']} N={row['N']} tile {row['Br']}x{row['Bc']} {row['gate']}", err=True)
-    return not failed
+    return rows
 
 
 def _count_bytes(measured: list[tuple[Point, dict]], log: records.Log):
@@ -249,13 +264,20 @@ def report(experiment: Experiment, rows: list[dict], out: Path):
     for line in experiment.answer(rows).splitlines():
         indent = " " * (len(line) - len(line.lstrip()) + 2)
         click.echo(textwrap.fill(line, 118, subsequent_indent=indent))
+    save_picture(experiment, rows, out)
+    click.echo("\nwritten: " + "  ".join(str(out / f"{experiment.name}.{end}") for end in ("jsonl", "csv", "png")))
+
+
+def save_picture(experiment: Experiment, rows: list[dict], out: Path):
+    """NAME.png, which appears at one instant."""
     draft = out / f".{experiment.name}.{os.getpid()}.png"
+    figure = experiment.draw(rows)
     try:
-        experiment.draw(rows).savefig(draft)
+        figure.savefig(draft)
         os.replace(draft, out / f"{experiment.name}.png")
     finally:
+        picture.plt.close(figure)
         draft.unlink(missing_ok=True)
-    click.echo("\nwritten: " + "  ".join(str(out / f"{experiment.name}.{end}") for end in ("jsonl", "csv", "png")))
 
 
 def like_the_last(experiment: Experiment, rows: list[dict]) -> list[dict]:

@@ -156,12 +156,51 @@ def answer(rows: list[dict]) -> str:
         common_N = set.intersection(*(set(peak) for _, peak in grown.values())) if grown else set()
         if STANDARD in grown and common_N and len(grown) > 1:
             N = max(common_N)
-            sizes = ", ".join(f"{way} {_bytes(peak[N])}" for way, (_, peak) in grown.items())
+            sizes = ", ".join(f"{way} {size(peak[N])}" for way, (_, peak) in grown.items())
             text += f"; at N={N} {sizes}"
             least = min(peak[N] for way, (_, peak) in grown.items() if way != STANDARD)
             text += f": {grown[STANDARD][1][N] / least:.3g} times less"
         sentences.append(f"{words.capitalize()}: {text or 'nothing to compare'}.")
-    return "\n".join([*sentences, f"To compare, {PAPER}."])
+    text = "\n".join([*sentences, f"To compare, {PAPER}."]) + "\n\nWhat this run says about the article's claims:\n"
+    return text + "\n".join(f"  {number}. {verdict}: {why}" for number, verdict, why in claims(rows))
+
+
+def claims(rows: list[dict]) -> list[tuple[int, str, str]]:
+    """(number in the list of claims, verdict, why), each from the numbers of these rows."""
+    return [claim_1(rows), claim_4(rows)]
+
+
+def claim_1(rows: list[dict]):
+    """Standard attention stores S and P: O(N²) memory, and that limits N."""
+    powers = [exponent(peaks(rows, STANDARD, direction)) for direction in DIRECTIONS]
+    if None in powers:
+        return 1, "not yet tested", "standard attention ran at fewer than two N, and one shows no growth"
+    squared = all(near(power, 2) for power in powers)
+    why = f"standard attention's memory grows with {_powers(powers)}"
+    full = [row["N"] for row in rows if row["variant"] == STANDARD and row["infeasible"]]
+    if full and (last := max(peaks(rows, "v2", "fwd+bwd"), default=0)) >= min(full):
+        why += f"; at N={min(full)} it does not fit any more, and v2 does up to {last}"
+        return 1, "holds" if squared else "holds in part", why
+    return 1, "holds in part" if squared else "does not hold", why + "; that it limits N does not show: every N fits"
+
+
+def claim_4(rows: list[dict]):
+    """Forward and backward need O(N) memory."""
+    powers = [exponent(peaks(rows, way, direction)) for direction in DIRECTIONS for way in ("v1", "v2")]
+    if None in powers:
+        return 4, "not yet tested", "v1 or v2 ran at fewer than two N, and one shows no growth"
+    linear = [near(power, 1) for power in powers]
+    verdict = "holds" if all(linear) else "holds in part" if any(linear) else "does not hold"
+    return 4, verdict, f"what v1 and v2 need beside their inputs grows with {_powers(powers)}, forward and backward"
+
+
+def near(power: float, whole: int) -> bool:
+    """Between the two largest N the lower powers still show a little."""
+    return abs(power - whole) < 0.1
+
+
+def _powers(powers: list[float]) -> str:
+    return " to ".join(dict.fromkeys(f"N^{power:.2f}" for power in (min(powers), max(powers))))
 
 
 def table(rows: list[dict]) -> str:
@@ -169,8 +208,8 @@ def table(rows: list[dict]) -> str:
         ("attention", lambda row: row["variant"]),
         ("direction", lambda row: row["direction"]),
         ("N", lambda row: row["N"]),
-        ("inputs", lambda row: _bytes(row["input_bytes"])),
-        ("peak beside them", lambda row: row["peak_bytes"] and _bytes(row["peak_bytes"])),
+        ("inputs", lambda row: size(row["input_bytes"])),
+        ("peak beside them", lambda row: row["peak_bytes"] and size(row["peak_bytes"])),
         (
             "a position",
             lambda row: row["peak_bytes"] and f"{row['peak_bytes'] / row['N'] / row['B'] / row['H']:,.0f} B",
@@ -185,7 +224,7 @@ def _each(row: dict) -> float:
     return row["peak_bytes"] / (row["N"] * row["B"] * row["H"])
 
 
-def _bytes(n: float) -> str:
+def size(n: float) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= size:
             return f"{n / size:,.3g} {unit}"
@@ -213,7 +252,7 @@ def draw(rows: list[dict]):
         axes.set_yscale("log")
         axes.set_xticks(x := sorted({row["N"] for row in rows}), [f"{N // 1024}k" if N >= 1024 else str(N) for N in x])
         axes.set_ylim(low / 2, top * 2)
-        picture.round_ticks(axes, _bytes)
+        picture.round_ticks(axes, size)
         axes.grid(axis="y")
         axes.set_xlabel("N")
         axes.set_title(f"Peak bytes beside the inputs, {words}")

@@ -20,9 +20,9 @@ from sandbox.variant import Device
 from . import common
 from .common import Experiment, milliseconds
 
-SAFE, ONLINE = "softmax_safe", "softmax_online"
+SAFE, ONLINE, TILED = "softmax_safe", "softmax_online", "softmax_tiled"
 PAPER = 1.3  # 1805.02867, abstract: "up to 1.3x"
-COLORS = {SAFE: picture.GREY, ONLINE: picture.VERMILION, "softmax_tiled": picture.BLUE}
+COLORS = {SAFE: picture.GREY, ONLINE: picture.VERMILION, TILED: picture.BLUE}
 OTHERS = (picture.GREEN, picture.PURPLE, picture.ORANGE, picture.SKY)
 
 
@@ -138,7 +138,28 @@ def answer(rows: list[dict]) -> str:
         for name in dict.fromkeys(row["variant"] for row in rows)
         if name not in (SAFE, ONLINE) and accesses(rows, name)
     ]
-    return text + "." + (f"  {'; '.join(others)}." if others else "")
+    text += "." + (f"  {'; '.join(others)}." if others else "") + "\n\nWhat this run says about the article's claims:\n"
+    return text + "\n".join(f"  {number}. {verdict}: {why}" for number, verdict, why in claims(rows))
+
+
+def claims(rows: list[dict]) -> list[tuple[int, str, str]]:
+    """(number in the list of claims, verdict, why), from the numbers of these rows."""
+    return [claim_2(rows)]
+
+
+def claim_2(rows: list[dict]):
+    """Softmax does not tile by itself; the online form merges maximum and sum into one pass with a refresh."""
+    ours = [row for row in rows if row["variant"] in (ONLINE, TILED)]
+    if wrong := [row for row in ours if row["gate"] != "passed"]:
+        return 2, "does not hold", f"{wrong[0]['variant']} N={wrong[0]['N']} {wrong[0]['gate']}"
+    safe, online = accesses(rows, SAFE), accesses(rows, ONLINE)
+    if not safe or not online or not accesses(rows, TILED):
+        return 2, "not yet tested", f"it takes {SAFE}, {ONLINE} and {TILED}, each behind the gate"
+    why = f"merged element by element or tile by tile it is exact, with {_span(online)} accesses an element, not "
+    why += _span(safe) + (", counted" if _agree(rows) else ", by the formula")
+    if times := speed(rows):
+        why += f"; in time {min(times.values()):.2f} to {max(times.values()):.2f} times faster"
+    return 2, "holds" if online[-1] < safe[0] else "holds in part", why
 
 
 def _agree(rows) -> bool | None:

@@ -127,21 +127,27 @@ def claim_3(rows: list[dict]):
     why += f"at {len(below)} of {len(ours)} tiles"
     constants = [over_theorem(row) for row in ours]
     why += f", and they follow N²d²/M within {max(constants) / min(constants) - 1:.0%}"
+    small, large = _span(ours, "Bc", "Br")
+    if small["Bc"] < large["Bc"]:
+        why += f"; Bc from {small['Bc']} to {large['Bc']} takes "
+        why += ratio(total(small) / total(large), "fewer accesses", "more accesses")
+        if small["seconds"] and large["seconds"]:
+            why += f" and is {ratio(small['seconds'] / large['seconds'], 'faster', 'slower')}"
     return 3, "holds in part" if below else "does not hold with these tiles", why + "; what makes it fast: loop_order"
 
 
 def claim_10(rows: list[dict]):
     """v2 may choose tile sizes from the sequence length and the resources."""
-    behind = {name: _behind(rows, name) for name in names(rows) if "v2" in name}
+    behind = {name: slower_by(rows, name) for name in names(rows) if "v2" in name}
     behind = {name: x for name, x in behind.items() if x is not None}
     if not behind:
-        return 10, "not measurable here", "the chooser's tile against the best one is a matter of time"
+        return 10, "not measurable here", "only time tells the chooser's tile from the best one"
     why = ", ".join(f"{name} {x:.1%}" for name, x in behind.items())
     verdict = "holds" if max(behind.values()) < 0.05 else "holds in part"
     return 10, verdict, f"the chooser's tile is slower than the best of the sweep by: {why}"
 
 
-def _behind(rows: list[dict], name: str) -> float | None:
+def slower_by(rows: list[dict], name: str) -> float | None:
     """How much slower the chooser's tile is than the fastest one."""
     ours = [row for row in measured(rows, name) if row["seconds"]]
     chosen = [row["seconds"] for row in ours if row["chosen"]]
@@ -156,7 +162,7 @@ def on_time(rows: list[dict], name: str) -> str | None:
     text = f"{name} is fastest with {_tile(best)}, {milliseconds(best)}"
     if not chosen:
         return text + "; the chooser's tile did not run."
-    behind = _behind(rows, name)
+    behind = slower_by(rows, name)
     return text + f"; the chooser takes {_tile(chosen[0])}, " + (f"{behind:.1%} slower." if behind else "the same.")
 
 
