@@ -30,6 +30,7 @@ PROBLEM = Problem(1, 1, 1, 200, 260, 64, "fp16", mask=Mask(causal=True))
 TILE = Tile(128, 64)
 
 CU, RING, PRODUCTS, SOFTMAX = "fwd_v3.cu", "pipeline.cuh", "wgmma.cuh", "softmax.cuh"
+SCHEDULER = "scheduler.cuh"
 S_WAIT, O_WAIT = "products_wait<OVERLAP ? 1 : 0>(rS);", "products_wait<0>(rO);"
 K_FREE, V_FREE = "K.release(), K.next();", "V.release(), V.next();"
 Q_FREE = "if (j == w.first && lane == 0) barrier_arrive(shared_address(s.Q + WARPGROUPS + warpgroup));"
@@ -58,17 +59,30 @@ DEFECTS = {
     "a turn that is never passed": (CU, "turn.pass();", "", "named barrier"),
     "a stage that is never released": (CU, f"{V_FREE}{NL}take_P", f"V.next();{NL}take_P", "nobody can go on"),
     "a stage released too often": (
-        RING, "if (threadIdx.x % 32 == 0) barrier_arrive", "barrier_arrive", "nobody can go on",
+        RING, "if (Cluster == 1 && lane == 0) barrier_arrive", "barrier_arrive", "nobody can go on",
     ),
     "a parity that never turns": (RING, "stage = 0, parity ^= 1", "stage = 0", None),
-    "fewer bytes than arrive": (CU, "K.acquire(KV_BYTES)", "K.acquire(KV_BYTES - 128)", "nobody can go on"),
+    "fewer bytes than arrive": (CU, "ring.announce(KV_BYTES)", "ring.announce(KV_BYTES - 128)", "nobody can go on"),
     "8-row groups elsewhere": (PRODUCTS, "descriptor(panel, 16, 1024)", "descriptor(panel, 16, 512)", None),
     "V's keys elsewhere": (PRODUCTS, "NEXT_ROWS = 2048 >> 4", "NEXT_ROWS = 1024 >> 4", None),
     "O not swizzled": (CU, "(chunk % 8 ^ r % 8) * 16", "chunk % 8 * 16", None),
     "rows and columns of S mistaken": (SOFTMAX, "e / 2 % 2", "e % 2", None),
-    "alpha forgotten": (CU, f"take_P();{NL}scale_rows(rO, softmax.alpha);", "take_P();", None),
+    "alpha forgotten": (CU, f"take_P();{NL}if (softmax.changed()) scale_rows(rO, softmax.alpha);", "take_P();", None),
     "keys past the end": (CU, "if (key >= shape.N_k || ", "if (", None),
+    "a row block forgotten before all have heard": (
+        SCHEDULER, "told.release(), told.next();\n        return", "told.next();\n        return", "nobody can go on",
+    ),
+    "a row block replaced while it is read": (SCHEDULER, "next.told.acquire();", "", None),
+    "a counter that is not put back": (SCHEDULER, "*counter = 0", "", "counter was left at"),
     "a product never waited for": (CU, f"weigh();{NL}{O_WAIT}", "weigh();", "never waited for"),
+}  # fmt: skip
+SHARED = {  # of what the blocks of a cluster share
+    "a stage that only one's own warps release": (
+        RING, "if (Cluster > 1 && lane < Cluster)", "if (Cluster > 1 && lane == cluster_rank())", "nobody can go on",
+    ),
+    "a stage that its own warps alone must free": (RING, "consumers * Cluster", "consumers", "one arrival too many"),
+    "half of the rows copied twice": (CU, "from = cluster_rank() * (Bc / CLUSTER);", "from = 0;", None),
+    "a copy to one block alone": (CU, "(1 << CLUSTER) - 1", "1", "nobody can go on"),
 }  # fmt: skip
 APART = ("O overwritten while it leaves", "O never waited for", "Q given back while it is read")  # O has its own tile
 
@@ -78,15 +92,18 @@ def sources(tmp_path):
     return shutil.copytree(fwd_v3.FILE.parent, tmp_path / "hopper") / fwd_v3.FILE.name
 
 
-def verdict(file, order: dict, monkeypatch, problem=PROBLEM, apart=False) -> gate.Verdict:
-    """The gate's on the kernel of that file, run in that order."""
+def verdict(file, order: dict, monkeypatch, problem=PROBLEM, apart=False, **switches) -> gate.Verdict:
+    """The gate's on the kernel of that file, run in that order, on scores whose maximum grows from block to block."""
     launch = emulator.launch
     monkeypatch.setattr(fwd_v3, "FILE", file)
-    monkeypatch.setattr(fwd_v3, "memory", lambda *_: (2, apart))  # few stages: whoever is early is too early
+    switches = fwd_v3.Switches(2, apart, **switches)  # few stages: whoever is early is too early
+    monkeypatch.setattr(fwd_v3, "chosen", lambda *_: switches)
     monkeypatch.setattr(emulator, "launch", lambda *a, **more: launch(*a, **more | order))
-    variant = fwd_v3.Variant(**{**vars(fwd_v3.VARIANT), "name": f"{file}"})  # built anew for this file
+    variant = fwd_v3.Variant(**{**vars(fwd_v3.VARIANT), "name": f"{file} {switches}"})  # built anew
     try:
-        return gate.check(variant, problem, TILE, gate.gaussian(problem, 0), SIMULATOR)
+        x = gate.gaussian(problem, 0)
+        x.q[..., 0], x.k[..., 0] = 8.0, -0.1 * torch.arange(float(problem.N_k))[:, None]
+        return gate.check(variant, problem, TILE, x, SIMULATOR)
     finally:
         monkeypatch.undo()
 
@@ -96,19 +113,22 @@ def test_the_unedited_sources_are_right_in_every_order(sources, monkeypatch, ord
     for apart, problem in ((False, PROBLEM), (True, PROBLEM), (True, Problem(1, 1, 1, 140, 150, 64, "fp16"))):
         found = verdict(sources, order, monkeypatch, problem, apart)
         assert found.passed, found.why
+    found = verdict(sources, order, monkeypatch, Problem(1, 2, 1, 300, 260, 64, "fp16"), dynamic=False, cluster=2)
+    assert found.passed, found.why
 
 
-@pytest.mark.parametrize("what", DEFECTS)
+@pytest.mark.parametrize("what", [*DEFECTS, *SHARED])
 def test_a_defect_is_found(sources, monkeypatch, what):
-    name, line, instead, told = DEFECTS[what]
+    name, line, instead, told = (DEFECTS | SHARED)[what]
     text = (sources.parent / name).read_text()
     assert text.count(line) == 1, f"{what}: the line stands there {text.count(line)} times"
     (sources.parent / name).write_text(text.replace(line, instead))
-    problem = Problem(1, 1, 1, 140, 150, 64, "fp16") if what == "keys past the end" else PROBLEM
+    problem = Problem(1, 1, 1, 140, 150, 64, "fp16") if what in ("keys past the end", *SHARED) else PROBLEM
+    switches = dict(dynamic=False, cluster=2) if what in SHARED else {}
     found = []
     for order in ORDERS:
         try:
-            found.append(verdict(sources, order, monkeypatch, problem, apart=what in APART).why)
+            found.append(verdict(sources, order, monkeypatch, problem, apart=what in APART, **switches).why)
         except emulator.EmulatorError as error:
             found.append(str(error))
         if found[-1] and (told is None or told in found[-1]):
@@ -118,7 +138,7 @@ def test_a_defect_is_found(sources, monkeypatch, what):
 
 def test_what_does_not_compile_is_told_with_its_line(sources):
     sources.write_text(sources.read_text().replace("K.wait();", "K.weight();", 1))
-    launch = fwd_v3.made(PROBLEM.kind, TILE, 2, True)[0]
+    launch = fwd_v3.made(PROBLEM.kind, TILE, fwd_v3.Switches(2, True))[0]
     with pytest.raises(emulator.EmulatorError, match="(?s)fwd_v3.cu does not compile for the emulator.*weight"):
         emulator.library(sources, "fwd_v3", tuple(launch.defines.items()))
 
@@ -131,7 +151,7 @@ def test_without_a_compiler_it_says_what_to_install(sources, monkeypatch):
 
 def test_a_library_is_kept(sources, monkeypatch, tmp_path):
     monkeypatch.setenv("SANDBOX_CACHE", str(tmp_path / "cache"))
-    defines = tuple(fwd_v3.made(PROBLEM.kind, TILE, 2, True)[0].defines.items())
+    defines = tuple(fwd_v3.made(PROBLEM.kind, TILE, fwd_v3.Switches(2, True))[0].defines.items())
     emulator.library(sources, "fwd_v3", defines)
     (file,) = (tmp_path / "cache").iterdir()
     written = file.stat().st_mtime_ns

@@ -113,16 +113,37 @@ def test_any_strides(layout):
     check(problem, gate.Inputs(*map(laid, (x.q, x.k, x.v))))
 
 
+SWITCHED = [
+    dict(ping_pong=False), dict(overlap=False), dict(ping_pong=False, overlap=False), dict(dynamic=False),
+    dict(lazy=False), dict(persistent=False), dict(dynamic=False, persistent=False), dict(dynamic=False, cluster=2),
+    dict(dynamic=False, cluster=2, persistent=False),
+]  # fmt: skip
+
+
 @runs
-@pytest.mark.parametrize(
-    "switches", [dict(ping_pong=False), dict(overlap=False), dict(ping_pong=False, overlap=False)], ids=str
-)
-def test_exact_with_a_switch_off(switches, monkeypatch):
-    made = fwd_v3.made
-    monkeypatch.setattr(fwd_v3, "made", lambda *a: made(*a, **switches))
-    problem = Problem(1, 2, 1, 200, 260, 64, "fp16", mask=Mask(True))
+@pytest.mark.parametrize("switches", SWITCHED, ids=str)
+@pytest.mark.parametrize("N_q", [100, 290])
+def test_exact_with_a_switch_turned(switches, N_q, monkeypatch):
+    chosen = fwd_v3.chosen
+    monkeypatch.setattr(fwd_v3, "chosen", lambda *a: replace(chosen(*a), **switches))
+    problem = Problem(1, 2, 1, N_q, 260, 64, "fp16", mask=Mask("cluster" not in switches))
     variant = replace(VARIANT, name=f"fwd_v3 {switches}")
     verdict = gate.check(variant, problem, TILE, gate.gaussian(problem, 0, target.torch_device()), target.device())
+    assert verdict.passed, verdict.why
+
+
+@runs
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("slope", [-0.5, -0.02, 0.02, 0.5])
+def test_maxima_that_move_with_the_keys(lazy, slope, monkeypatch):
+    """Scores rise or fall by `slope` a key: too little for a lazy maximum to follow each block, or enough."""
+    chosen = fwd_v3.chosen
+    monkeypatch.setattr(fwd_v3, "chosen", lambda *a: replace(chosen(*a), lazy=lazy))
+    problem = Problem(1, 2, 1, 100, 400, 64, "fp16")
+    x = gate.gaussian(problem, 0, target.torch_device())
+    x.q[..., 0], x.k[..., 0] = 8.0, slope * torch.arange(400.0)[:, None]
+    variant = replace(VARIANT, name=f"fwd_v3 lazy {lazy}")
+    verdict = gate.check(variant, problem, TILE, x, target.device())
     assert verdict.passed, verdict.why
 
 
@@ -215,7 +236,7 @@ def test_keeps_its_registers(d, causal, scored):
     """Spills, a stack, serialised products and an ignored setmaxnreg are errors of nvrtc.compile."""
     problem = Problem(1, 1, 1, 4096, 4096, d, "bf16", mask=Mask(causal))
     tile = choose_tile(problem, HOPPER, VARIANT)
-    launch = fwd_v3.made(problem, tile, *fwd_v3.memory(problem, tile, HOPPER))[scored]
+    launch = fwd_v3.made(problem, tile, fwd_v3.chosen(problem, tile, HOPPER))[scored]
     assert launch.binary().report.registers == 65_536 // launch.threads // 8 * 8
 
 
@@ -224,7 +245,7 @@ def test_keeps_its_registers(d, causal, scored):
 def test_is_made_of_hoppers_own_instructions(dtype, tmp_path):
     problem = Problem(1, 1, 1, 4096, 4096, 128, dtype)
     tile = choose_tile(problem, HOPPER, VARIANT)
-    text = disassembled(fwd_v3.made(problem, tile, 2, False)[0].binary().cubin, tmp_path)
+    text = disassembled(fwd_v3.made(problem, tile, fwd_v3.Switches())[0].binary().cubin, tmp_path)
     assert all(name in text for name in INSTRUCTIONS), [name for name in INSTRUCTIONS if name not in text]
     products = [line for line in text.splitlines() if "HGMMA" in line]
     assert any(f"HGMMA.64x{tile.Bc}x16.F32" in line for line in products)  # S = Q Kᵀ

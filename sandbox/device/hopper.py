@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,18 +34,24 @@ class Output:
     x: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Counter:
+    """An int32 of the kernel's own, 0 before a launch and after it: kernels that run at once have different ones."""
+
+
 class HopperLaunch:
     """A kernel with its block size and shared memory: ``HopperLaunch(file, entry, threads, shared, defines)(grid, …)``.
 
     file     the .cu file; entry: its kernel; defines: macro -> int
     threads  threads a block
     shared   bytes of dynamic shared memory
-    Arguments are Panels, Outputs and ctypes structures, in the order of the kernel's parameters.
+    cluster  blocks that reach each other's shared memory
+    Arguments are Panels, Outputs, Counters and ctypes structures, in the order of the kernel's parameters.
     """
 
-    def __init__(self, file: Path, entry: str, threads: int, shared: int, defines: dict[str, int]):
+    def __init__(self, file: Path, entry: str, threads: int, shared: int, defines: dict[str, int], cluster: int = 1):
         self.file, self.name, self.defines = file, entry, defines
-        self.threads, self.shared = threads, shared
+        self.threads, self.shared, self.cluster = threads, shared, cluster
         self._kernel, self._emulated = None, 0
 
     def __call__(self, grid: int, *args) -> None:
@@ -57,9 +64,11 @@ class HopperLaunch:
         else:
             if self._kernel is None:
                 self._kernel = nvrtc.Kernel(self.binary())
-            self._kernel.prepare(
-                grid=(grid, 1, 1), block=(self.threads, 1, 1), shared=self.shared, args=[_device(a) for a in args]
-            )()
+            launch = self._kernel.prepare(
+                grid=(grid, 1, 1), block=(self.threads, 1, 1), shared=self.shared, cluster=(self.cluster, 1, 1),
+                args=[_device(a) for a in args],
+            )  # fmt: skip
+            launch()
 
     def binary(self) -> nvrtc.Binary:
         """The cubin for sm_90a: compiled, or read from the disk cache."""
@@ -72,26 +81,52 @@ class HopperLaunch:
         given = [_host(a) for a in args]
         early, self._emulated = self._emulated % 2 == 1, self._emulated + 1  # every second launch the other way
         stored = emulator.launch(
-            library, grid, self.threads, given, shared=self.shared, late_arrivals=not early, late_readers=early,
-            seed=self._emulated,
+            library, grid, self.threads, given, shared=self.shared, cluster=self.cluster, late_arrivals=not early,
+            late_readers=early, seed=self._emulated,
         )  # fmt: skip
         for a, there in zip(args, given):
             if isinstance(a, Panels):
                 count(a.name, *there.moved, a.x.element_size())
             elif isinstance(a, Output):
                 count(a.name, 0, stored, 4)
+            elif isinstance(a, Counter) and there.zero.value:
+                raise emulator.EmulatorError(f"a counter was left at {there.zero.value}: expected 0")
 
 
 def _device(a):
     if isinstance(a, Panels):
-        box = (1, 1, a.rows, SWIZZLE_BYTES // a.x.element_size())
-        return nvrtc.TensorMap.tiled(a.x.transpose(1, 2), box, swizzle="128B")
+        return nvrtc.TensorMap.tiled(a.x.transpose(1, 2), _box(a), swizzle="128B")
+    if isinstance(a, Counter):
+        return _counter()
     return a.x if isinstance(a, Output) else a
+
+
+def _box(a: Panels) -> tuple[int, ...]:
+    return 1, 1, a.rows, SWIZZLE_BYTES // a.x.element_size()
+
+
+def _counter() -> torch.Tensor:
+    """Zero, and the stream's own, whose launches follow one another; a graph, which any stream may run, has its own."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device="cuda")
+    stream = torch.cuda.current_stream()
+    return _counters(stream.device, stream.cuda_stream)
+
+
+@functools.cache
+def _counters(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def _host(a):
     if isinstance(a, Panels):
+        nvrtc.tensor_map.layout(a.x.transpose(1, 2), _box(a), "128B")  # what the copy engine would refuse
         return emulator.TensorMap.of(a.x, a.rows)
+    if isinstance(a, Counter):
+        zero = ctypes.c_int(0)
+        pointer = ctypes.c_void_p(ctypes.addressof(zero))
+        pointer.zero = zero
+        return pointer
     return ctypes.c_void_p(a.x.data_ptr()) if isinstance(a, Output) else a
 
 
@@ -100,4 +135,4 @@ def addressable(x: torch.Tensor) -> torch.Tensor:
     size = x.element_size()
     strides = [s * size for s, n in zip(x.stride()[:-1], x.shape[:-1]) if n > 1]
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
-    return x if fits else x.contiguous()
+    return x if fits else x.clone(memory_format=torch.contiguous_format)

@@ -2,15 +2,14 @@
 
 The kernel is hopper/fwd_v3.cu: a producer warp feeds a ring of K and V tiles by the tensor copy engine (TMA), two or
 three warpgroups multiply on the tensor cores (wgmma), taking turns (ping-pong) and computing a tile's softmax while
-the next tile's Q Kᵀ is under way (overlap).  Here stand its tiles, its grid and its arguments.
-
-Each of v3's ideas is a switch of `made`: that is how the ablations are built.
+the next tile's Q Kᵀ is under way (overlap).  Here stand its tiles, its switches, its grid and its arguments.
 """
 
 import ctypes
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..device.hopper import HopperLaunch, Output, Panels, addressable
+from ..device.hopper import Counter, HopperLaunch, Output, Panels, addressable
 from ..variant import Infeasible, Tile, Unsupported, Variant
 
 FILE = Path(__file__).parent / "hopper" / "fwd_v3.cu"
@@ -39,11 +38,35 @@ def shared_bytes(d: int, tile: Tile, stages: int, apart: bool) -> int:
     return 2 * columns * ((1 + apart) * tile.Br + 2 * stages * tile.Bc) + 3072
 
 
-def memory(problem, tile, device) -> tuple[int, bool]:
-    """(stages of K and V, whether O has a tile of its own): as much as fits, O first, up to four stages."""
-    choices = [(stages, apart) for apart in (True, False) for stages in (4, 3, 2)]
-    fits = (choice for choice in choices if shared_bytes(problem.d, tile, *choice) <= device.shared)
-    return next(fits, (2, False))
+@dataclass(frozen=True)
+class Switches:
+    """What can be turned, one by one: that is how the ablations are built.
+
+    stages      of K and of V that are on their way or in use
+    o_apart     O has a tile of its own, so that the next Q comes early; else it leaves through Q's
+    ping_pong   while one warpgroup multiplies, another takes its softmax
+    overlap     Q Kᵀ of the next block is under way during the softmax of this one
+    dynamic     a block that is free takes the next row block; else each gridDim.x-th is its own
+    lazy        O is rescaled only where a row's maximum has grown a lot
+    cluster     blocks that share the copies of K and V: 1 or 2; with 2 all of them must take the same steps
+    persistent  one block a multiprocessor walks through row blocks; else one block a row block
+    """
+
+    stages: int = 2
+    o_apart: bool = False
+    ping_pong: bool = True
+    overlap: bool = True
+    dynamic: bool = True
+    lazy: bool = True
+    cluster: int = 1
+    persistent: bool = True
+
+
+def chosen(problem, tile, device) -> Switches:
+    """The switches that are used: as many stages as fit, up to four, and before them a tile for O."""
+    choices = [Switches(stages, apart) for apart in (True, False) for stages in (4, 3, 2)]
+    fits = (s for s in choices if shared_bytes(problem.d, tile, s.stages, s.o_apart) <= device.shared)
+    return next(fits, Switches())
 
 
 def fit(problem, tile, device):
@@ -58,7 +81,8 @@ def fit(problem, tile, device):
         raise Unsupported(f"fwd_v3 needs a Hopper GPU (sm_90), this is sm_{major}{minor}: fwd_v2 runs here")
     if tile.Br not in (128, 192) or tile.Bc % 16 or tile.Bc > MOST_KEYS:
         raise Infeasible(tile, f"fwd_v3 takes 128 or 192 rows and a multiple of 16 keys up to {MOST_KEYS}")
-    if (need := shared_bytes(problem.d, tile, *memory(problem, tile, device))) > device.shared:
+    switches = chosen(problem, tile, device)
+    if (need := shared_bytes(problem.d, tile, switches.stages, switches.o_apart)) > device.shared:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
     warpgroups = tile.Br // WARPGROUP_ROWS
     if (need := 3 * tile.Bc // 4 + padded(problem.d) // 2) > ACCUMULATORS[warpgroups]:
@@ -73,20 +97,24 @@ def usual(problem, device) -> Tile:
     return tile
 
 
-def made(problem, tile, stages, apart, *, ping_pong=True, overlap=True):
+def made(problem, tile, switches: Switches):
     """[plain, scored]: the kernels of this kind of problem.  Scored: scores are scaled before the softmax."""
+    on = {name.upper(): int(value) for name, value in asdict(switches).items() if name != "persistent"}
     defines = {
-        "HEAD_DIM": padded(problem.d), "WARPGROUPS": tile.Br // WARPGROUP_ROWS, "TILE_BC": tile.Bc, "STAGES": stages,
-        "O_APART": int(apart), "BF16": int(problem.dtype == "bf16"), "BANDED": int(problem.mask.banded),
-        "PING_PONG": int(ping_pong), "OVERLAP": int(overlap),
+        "HEAD_DIM": padded(problem.d), "WARPGROUPS": tile.Br // WARPGROUP_ROWS, "TILE_BC": tile.Bc,
+        "BF16": int(problem.dtype == "bf16"), "BANDED": int(problem.mask.banded), **on,
     }  # fmt: skip
     threads = 128 * (defines["WARPGROUPS"] + 1)
-    bytes = shared_bytes(problem.d, tile, stages, apart)
-    return [HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}) for scored in (0, 1)]
+    bytes = shared_bytes(problem.d, tile, switches.stages, switches.o_apart)
+    return [
+        HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}, switches.cluster)
+        for scored in (0, 1)
+    ]
 
 
 def build(problem, tile, device):
-    plain, scored = made(problem, tile, *memory(problem, tile, device))
+    switches = chosen(problem, tile, device)
+    plain, scored = made(problem, tile, switches)
 
     def launch(problem, Q, K, V, mask, O, LSE):
         B, N_q, H, d = Q.shape
@@ -97,12 +125,15 @@ def build(problem, tile, device):
         lo, hi = problem.mask.band(N_q, problem.N_k)
         section = problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d))
         shape = Shape(N_q, problem.N_k, H, problem.group, lo, hi, B * H, section, problem.scale, problem.softcap)
-        row_blocks = B * H * -(-N_q // tile.Br)
+        cluster = switches.cluster
+        clusters = B * H * -(-N_q // (tile.Br * cluster))
+        if switches.persistent:
+            clusters = min(max(1, device.sms // cluster), clusters)
         run = scored if problem.softcap > 0 or problem.scale <= 0 else plain
         run(
-            min(device.sms, row_blocks), Panels("Q", addressable(Q), WARPGROUP_ROWS),
-            Panels("K", addressable(K), tile.Bc), Panels("V", addressable(V), tile.Bc),
-            Panels("O", O, WARPGROUP_ROWS), Output("LSE", LSE), shape,
+            clusters * cluster, Panels("Q", addressable(Q), WARPGROUP_ROWS),
+            Panels("K", addressable(K), tile.Bc // cluster), Panels("V", addressable(V), tile.Bc // cluster),
+            Panels("O", O, WARPGROUP_ROWS), Output("LSE", LSE), Counter(), shape,
         )  # fmt: skip
 
     return launch

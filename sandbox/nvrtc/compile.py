@@ -21,7 +21,9 @@ from pathlib import Path
 from ..cubin import Report, file_of, read, write
 from . import library
 
-FLAGS = ("--std=c++17", "--device-as-default-execution-space", "--no-source-include", "--ptxas-options=-v")
+FLAGS = (  # NVRTC's own cache, where there is a driver, keeps no log
+    "--std=c++17", "--device-as-default-execution-space", "--no-source-include", "--no-cache", "--ptxas-options=-v",
+)  # fmt: skip
 UNSEEN = ("-I", "--include-path", "-include", "--pre-include")  # options that bring in files which no key covers
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)

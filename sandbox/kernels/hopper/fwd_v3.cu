@@ -2,11 +2,13 @@
 // [FA3, 2407.08608, Algorithms 1 and 2]
 //
 // One block a multiprocessor walks through row blocks (persistent).  The producer asks the copy engine for Q, K and V
-// tiles, always STAGES ahead; each consumer warpgroup owns 64 rows.  Three ideas, each a switch:
+// tiles, always STAGES ahead; each consumer warpgroup owns 64 rows.  Its ideas, each a switch:
 //
-//     WARP_SPECIALIZED  copies have a warp of their own, which hands its registers to the warpgroups
-//     PING_PONG         while one warpgroup multiplies, another takes its softmax  (§3.1)
-//     OVERLAP           Q Kᵀ of the next block runs under the softmax of this one  (§3.2)
+//     PING_PONG  while one warpgroup multiplies, another takes its softmax  (§3.1)
+//     OVERLAP    Q Kᵀ of the next block runs under the softmax of this one  (§3.2)
+//     DYNAMIC    a block that is free takes the next row block, and not each gridDim.x-th
+//     LAZY       O is rescaled only where the maximum has grown a lot
+//     CLUSTER    blocks that read the same K and V share the copies: each brings its part to all of them
 //
 // Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES, BF16, BANDED (causal, window), SCORED (scaled before the
 // softmax), O_APART (O has a tile of its own, so that the next Q comes early; else it leaves through Q's), the switches.
@@ -18,13 +20,16 @@
 constexpr int d = HEAD_DIM, Bc = TILE_BC, Br = 64 * WARPGROUPS, PANELS = (d + 63) / 64;  // a panel: 64 columns of a tile, 128 bytes wide
 constexpr int Q_BYTES = 64 * PANELS * 128, KV_PANEL = Bc * 128, KV_BYTES = PANELS * KV_PANEL;
 constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps, each of which releases a stage
+static_assert(CLUSTER == 1 || !(DYNAMIC || BANDED), "the blocks of a cluster take the same steps");
+
 
 struct Shared {
     alignas(1024) unsigned char sQ[WARPGROUPS][Q_BYTES];  // [64, d] each
     alignas(1024) unsigned char sO[O_APART ? WARPGROUPS : 1][O_APART ? Q_BYTES : 1024];
     alignas(1024) unsigned char sK[STAGES][KV_BYTES];     // [Bc, d]
     alignas(1024) unsigned char sV[STAGES][KV_BYTES];     // [Bc, d]
-    u64 Q[2 * WARPGROUPS], K[2 * STAGES], V[2 * STAGES];  // barriers
+    u64 Q[2 * WARPGROUPS], K[2 * STAGES], V[2 * STAGES], told[2];  // barriers
+    Work slot;
 };
 
 struct Tensors {
@@ -32,39 +37,55 @@ struct Tensors {
     float *LSE;                      // [batch, heads, N_q]
 };
 
-// ---- the producer ---------------------------------------------------------------------------------------------------
+// ---- the producers --------------------------------------------------------------------------------------------------
 
 DEVICE void copy_tile(u32 tile, const TensorMap &map, u32 barrier, int row, int rows, int head, int batch, u64 policy) {
 #pragma unroll
     for (int p = 0; p < PANELS; ++p) copy_in(tile + p * rows * 128, map, barrier, 64 * p, row, head, batch, policy);
 }
 
-DEVICE void produce(Shared &s, const Tensors &t, const Shape &shape) {
-    Ring<STAGES> K(s.K), V(s.V);
-    u32 Q_parity = 1;  // the first Q waits for nobody
-    Schedule<Br, Bc, BANDED> schedule{shape};
-    for (Work w; schedule.take(w);) {
-        if (w.first == w.end) continue;
-        const int kv_head = w.head / shape.group;
-        auto load_K = [&](int j) {
-            K.acquire(KV_BYTES);
-            copy_tile(shared_address(s.sK[K.stage]), t.K, K.arrived(), j * Bc, Bc, kv_head, w.batch, EVICT_LAST);
-            K.next();
-        };
-        load_K(w.end - 1);
-        for (int g = 0; g < WARPGROUPS; ++g) {
-            barrier_wait(shared_address(s.Q + WARPGROUPS + g), Q_parity);  // the tile is free
-            barrier_expect(shared_address(s.Q + g), Q_BYTES);
-            copy_tile(shared_address(s.sQ[g]), t.Q, shared_address(s.Q + g), w.i0 + 64 * g, 64, w.head, w.batch, EVICT_FIRST);
-        }
-        Q_parity ^= 1;
-        for (int j = w.end - 1; j >= w.first; --j) {
-            if (j > w.first) load_K(j - 1);
-            V.acquire(KV_BYTES);
-            copy_tile(shared_address(s.sV[V.stage]), t.V, V.arrived(), j * Bc, Bc, kv_head, w.batch, EVICT_LAST);
-            V.next();
-        }
+// A stage of K or V: this block's share of its rows, to every block of the cluster.
+DEVICE void copy_stage(Ring<STAGES, CLUSTER> &ring, u32 tile, const TensorMap &map, int j, int head, int batch) {
+    ring.acquire();
+    ring.announce(KV_BYTES);
+    if (CLUSTER == 1) {
+        copy_tile(tile, map, ring.full(), j * Bc, Bc, head, batch, EVICT_LAST);
+    } else {
+        const int from = cluster_rank() * (Bc / CLUSTER);
+#pragma unroll
+        for (int p = 0; p < PANELS; ++p)
+            copy_in_all(tile + p * KV_PANEL + from * 128, map, ring.full(), 64 * p, j * Bc + from, head, batch,
+                        EVICT_LAST, (1 << CLUSTER) - 1);
     }
+    ring.next();
+}
+
+// Q and K have a warp, V another: neither waits for the other's stages.
+DEVICE void bring_Q_and_K(Shared &s, const Tensors &t) {
+    Ring<STAGES, CLUSTER> K(s.K);
+    u32 Q_parity = 1;  // the first Q waits for nobody
+    Next next{&s.slot, s.told};
+    for (Work w; next.hear(w, 1);)
+#pragma unroll 1
+        for (int j = w.end - 1; j >= w.first; --j) {
+            copy_stage(K, shared_address(s.sK[K.stage]), t.K, j, w.kv_head, w.batch);
+            if (j < w.end - 1) continue;
+            for (int g = 0; g < WARPGROUPS; ++g) {
+                barrier_wait(shared_address(s.Q + WARPGROUPS + g), Q_parity);  // the tile is free
+                barrier_expect(shared_address(s.Q + g), Q_BYTES);
+                copy_tile(shared_address(s.sQ[g]), t.Q, shared_address(s.Q + g), w.i0 + 64 * g, 64, w.head, w.batch, EVICT_FIRST);
+            }
+            Q_parity ^= 1;
+        }
+}
+
+DEVICE void bring_V(Shared &s, const Tensors &t) {
+    Ring<STAGES, CLUSTER> V(s.V);
+    Next next{&s.slot, s.told};
+    for (Work w; next.hear(w, 1);)
+#pragma unroll 1
+        for (int j = w.end - 1; j >= w.first; --j)
+            copy_stage(V, shared_address(s.sV[V.stage]), t.V, j, w.kv_head, w.batch);
 }
 
 // ---- a consumer warpgroup: 64 rows ------------------------------------------------------------------------------------
@@ -74,14 +95,14 @@ struct Consumer {
     const Tensors &t;
     const Shape &shape;
     const int warpgroup, warp, lane;
-    Ring<STAGES> K{s.K}, V{s.V};
+    Ring<STAGES, CLUSTER> K{s.K}, V{s.V};
     Turns<WARPGROUPS, PING_PONG> turn{warpgroup};
     u32 Q_parity = 0;
     u64 Q;            // descriptor of sQ
     Work w;
     int row;          // of this thread's first row in the sequence; its second is 8 further
     float unit;       // of S, in powers of 2
-    Softmax softmax;
+    Softmax<LAZY> softmax;
     float rS[Bc / 2];  // S, then P̃  [64, Bc]
     u32 rP[Bc / 4];    // P̃ in 16 bits, two to a register
     float rO[d / 2];   // O  [64, d]
@@ -91,10 +112,10 @@ struct Consumer {
           Q(by_columns(shared_address(s.sQ[warpgroup]))), unit((SCORED ? 1.f : shape.scale) * 1.4426950408889634f) {}
 
     DEVICE void run() {
-        Schedule<Br, Bc, BANDED> schedule{shape};
-        while (schedule.take(w)) {
+        Next next{&s.slot, s.told};
+        while (next.hear(w)) {
             row = w.i0 + 64 * warpgroup + 16 * warp + lane / 4;
-            softmax = Softmax();
+            softmax = Softmax<LAZY>();
 #pragma unroll
             for (int e = 0; e < d / 2; ++e) rO[e] = 0.f;
             if (w.first < w.end) attend();
@@ -141,7 +162,7 @@ struct Consumer {
         products_wait<0>(rO);
         V.release(), V.next();
         take_P();
-        scale_rows(rO, softmax.alpha);
+        if (softmax.changed()) scale_rows(rO, softmax.alpha);
     }
 
     DEVICE void last() {
@@ -245,9 +266,8 @@ struct Consumer {
 
 extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
     fwd_v3(const __grid_constant__ TensorMap Q, const __grid_constant__ TensorMap K, const __grid_constant__ TensorMap V,
-           const __grid_constant__ TensorMap O, float *LSE, const __grid_constant__ Shape shape) {
-    extern __shared__ unsigned char dynamic[];
-    Shared &s = *reinterpret_cast<Shared *>((reinterpret_cast<u64>(dynamic) + 1023) / 1024 * 1024);
+           const __grid_constant__ TensorMap O, float *LSE, int *counter, const __grid_constant__ Shape shape) {
+    Shared &s = *reinterpret_cast<Shared *>((reinterpret_cast<u64>(shared_memory()) + 1023) / 1024 * 1024);
     const Tensors t{Q, K, V, O, LSE};
     if (threadIdx.x == 0) {
         prefetch(Q), prefetch(K), prefetch(V), prefetch(O);
@@ -255,18 +275,25 @@ extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
             barrier_init(shared_address(s.Q + g), 1);
             barrier_init(shared_address(s.Q + WARPGROUPS + g), O_APART ? 4 : 1);
         }
-        Ring<STAGES>::init(s.K, CONSUMERS);
-        Ring<STAGES>::init(s.V, CONSUMERS);
+        Ring<STAGES, CLUSTER>::init(s.K, CONSUMERS);
+        Ring<STAGES, CLUSTER>::init(s.V, CONSUMERS);
+        Ring<1>::init(s.told, CONSUMERS + 2);
         barrier_init_fence();
     }
-    __syncthreads();
+    if (CLUSTER > 1) cluster_sync(); else __syncthreads();
 
     const int warpgroup = threadIdx.x / 128;
     if (warpgroup == WARPGROUPS) {
-        give_registers<WARPGROUPS == 2 ? 24 : 32>();
-        if (threadIdx.x == 128 * WARPGROUPS) produce(s, t, shape);
+        give_registers<32>();
+        const int warp = threadIdx.x / 32 % 4;
+        if (threadIdx.x % 32 == 0) {
+            if (warp == 0) bring_Q_and_K(s, t);
+            if (warp == 1) bring_V(s, t);
+            if (warp == 2) hand_out<DYNAMIC, CLUSTER>(Order<Br, Bc, CLUSTER, BANDED>{shape}, {&s.slot, s.told}, counter);
+        }
     } else {
         take_registers<WARPGROUPS == 2 ? 240 : 160>();
         Consumer(s, t, shape, warpgroup).run();
     }
+    if (CLUSTER > 1) cluster_sync();  // nobody leaves while another may still reach into its shared memory
 }

@@ -5,35 +5,38 @@
 #include "ptx.cuh"
 
 // One side's place in a ring of Size stages.  Each stage has two barriers: full, when its bytes have arrived; empty, when
-// every consumer has released it.
-template <int Size>
+// every consumer has released it, those of the other blocks of a cluster too, since a copy goes to all of them.
+template <int Size, int Cluster = 1>
 struct Ring {
-    u32 full, empty;  // the first of Size barriers, 8 bytes each
+    u32 barriers;  // Size of them full, Size empty, 8 bytes each
     int stage = 0;
     u32 parity = 0;  // of the phase that this side waits for
 
-    DEVICE Ring(u64 *barriers) : full(shared_address(barriers)), empty(full + 8 * Size) {}
+    DEVICE Ring(u64 *barriers) : barriers(shared_address(barriers)) {}
 
     static DEVICE void init(u64 *barriers, u32 consumers) {
         for (int s = 0; s < Size; ++s) {
             barrier_init(shared_address(barriers + s), 1);
-            barrier_init(shared_address(barriers + Size + s), consumers);
+            barrier_init(shared_address(barriers + Size + s), consumers * Cluster);
         }
     }
 
-    DEVICE u32 arrived() const { return full + 8 * stage; }
+    DEVICE u32 full() const { return barriers + 8 * stage; }
+    DEVICE u32 empty() const { return full() + 8 * Size; }
 
-    // The producer: waits for the stage to be free (all are at first) and announces the bytes that it copies there.
-    DEVICE void acquire(u32 bytes) {
-        barrier_wait(empty + 8 * stage, parity ^ 1);
-        barrier_expect(arrived(), bytes);
-    }
+    // The producer: waits for the stage to be free (all are at first), and announces the bytes that copies bring there,
+    // or says that what it wrote there itself is complete.
+    DEVICE void acquire() const { barrier_wait(empty(), parity ^ 1); }
+    DEVICE void announce(u32 bytes) const { barrier_expect(full(), bytes); }
+    DEVICE void publish() const { barrier_arrive(full()); }
 
     // A consumer: waits for the stage's bytes; later, one lane of each warp releases it.
-    DEVICE void wait() const { barrier_wait(arrived(), parity); }
+    DEVICE void wait() const { barrier_wait(full(), parity); }
 
     DEVICE void release() const {
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * stage);
+        const u32 lane = threadIdx.x % 32, barrier = empty();
+        if (Cluster > 1 && lane < Cluster) barrier_arrive_in(lane, barrier);
+        if (Cluster == 1 && lane == 0) barrier_arrive(barrier);
     }
 
     DEVICE void next() {

@@ -16,6 +16,12 @@ struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
+// The block's dynamic shared memory.
+DEVICE unsigned char *shared_memory() {
+    extern __shared__ unsigned char dynamic[];
+    return dynamic;
+}
+
 DEVICE u32 shared_address(const void *p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // ---- mbarrier: a counter of arrivals and of bytes that the copy engine has yet to bring ----------------------------
@@ -47,6 +53,25 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
         "}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// ---- clusters: blocks that reach each other's shared memory ---------------------------------------------------------
+
+DEVICE u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Arrives at the barrier that the block of that rank has at this address.
+DEVICE void barrier_arrive_in(u32 rank, u32 barrier) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
+}
+
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // ---- named barriers: some warps of the block meet ------------------------------------------------------------------
 
 DEVICE void named_sync(u32 name, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
@@ -65,6 +90,17 @@ DEVICE void copy_in(u32 tile, const TensorMap &map, u32 barrier, int column, int
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(tile),
         "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy)
+        : "memory");
+}
+
+// The same to every block of the cluster whose bit is set in `blocks`, and to its barrier.
+DEVICE void copy_in_all(u32 tile, const TensorMap &map, u32 barrier, int column, int row, int head, int batch, u64 policy,
+                        u32 blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2], %8, %7;" ::"r"(tile),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy),
+        "h"(static_cast<unsigned short>(blocks))
         : "memory");
 }
 

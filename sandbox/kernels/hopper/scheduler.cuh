@@ -1,7 +1,7 @@
 // Which row blocks a thread block computes, in which order, and which key blocks each of them sees.
 #pragma once
 
-#include "ptx.cuh"
+#include "pipeline.cuh"
 
 // The sizes and the mask of a problem: row i sees key j when i + lo <= j <= i + hi.
 struct Shape {
@@ -12,42 +12,73 @@ struct Shape {
     float scale, softcap;
 };
 
-// Br rows of one head and the key blocks [first, end) that they see.
+// Br rows of one head, its key/value head and the key blocks [first, end) that the rows see; end < 0: there is no more.
 struct Work {
-    int i0, head, batch, first, end;
+    int i0, head, kv_head, batch, first, end;
 };
 
-// A static schedule: this block takes every gridDim.x-th row block.  Under a band, the rows that see most come first
-// (longest processing time first), in sections of heads so that K and V are read from L2.
-template <int Br, int Bc, bool Banded>
-struct Schedule {
+// Row blocks in the order they are to be begun.  Under a band, the rows that see most come first (longest processing time
+// first), in sections of heads so that K and V are read from L2.  The blocks of a cluster have row blocks side by side.
+template <int Br, int Bc, int Cluster, bool Banded>
+struct Order {
     const Shape &shape;
-    int next = blockIdx.x;
 
-    DEVICE bool take(Work &work) {
-        const int Tr = (shape.N_q + Br - 1) / Br;
-        if (next >= Tr * shape.heads) return false;
+    DEVICE int rows() const { return (shape.N_q + Br * Cluster - 1) / (Br * Cluster); }  // clusters' row blocks a head
+    DEVICE int count() const { return rows() * shape.heads; }
+
+    DEVICE Work at(int index) const {
+        if (index >= count()) return {0, 0, 0, 0, 0, -1};
+        const int Tr = rows();
         int i, bh;
         if (Banded) {
-            const int start = next / (Tr * shape.section) * shape.section;
-            const int heads = min(shape.section, shape.heads - start), place = next - start * Tr;
+            const int start = index / (Tr * shape.section) * shape.section;
+            const int heads = min(shape.section, shape.heads - start), place = index - start * Tr;
             i = Tr - 1 - place / heads, bh = start + place % heads;
         } else {
-            i = next % Tr, bh = next / Tr;
+            i = index % Tr, bh = index / Tr;
         }
-        next += gridDim.x;
-        work.i0 = i * Br, work.head = bh % shape.H, work.batch = bh / shape.H;
-        key_blocks(work);
-        return true;
-    }
-
-    DEVICE void key_blocks(Work &work) const {
+        if (Cluster > 1) i = i * Cluster + cluster_rank();
+        const int i0 = i * Br, head = bh % shape.H;
         int first = 0, end = shape.N_k;
         if (Banded) {
-            first = max(first, work.i0 + shape.lo);
-            end = min(end, min(work.i0 + Br, shape.N_q) + shape.hi);
+            first = max(first, i0 + shape.lo);
+            end = min(end, min(i0 + Br, shape.N_q) + shape.hi);
         }
-        work.first = first < end ? first / Bc : 0;
-        work.end = first < end ? (end + Bc - 1) / Bc : 0;
+        if (first >= end) first = end = 0;
+        return {i0, head, head / shape.group, bh / shape.H, first / Bc, (end + Bc - 1) / Bc};
     }
 };
+
+// A warp of its own hands out the row blocks, one ahead, to all the others of its thread block.
+//
+//     Dynamic  whoever is free takes the next ticket of a counter, which the last one puts back to 0
+//     else     every thread block takes each gridDim.x-th
+struct Next {
+    Work *slot;
+    Ring<1> told;
+
+    DEVICE bool hear(Work &work, u32 lanes = ~0u) {  // these lanes of a warp
+        told.wait();
+        work = *slot;
+        __syncwarp(lanes);
+        told.release(), told.next();
+        return work.end >= 0;
+    }
+};
+
+template <bool Dynamic, int Cluster, class Order>
+DEVICE void hand_out(const Order &order, Next next, int *counter) {
+    for (int index = blockIdx.x / Cluster;;) {
+        next.told.acquire();
+        *next.slot = order.at(index);
+        next.told.publish(), next.told.next();
+        if (index >= order.count()) return;
+        if (Dynamic) {
+            const int ticket = atomicAdd(counter, 1);  // one is taken for each row block: a thread block's first is free
+            if (ticket == order.count() - 1) *counter = 0;
+            index = gridDim.x + ticket;
+        } else {
+            index += gridDim.x / Cluster;
+        }
+    }
+}

@@ -1,18 +1,23 @@
 // The online softmax on a warpgroup's accumulators: P̃, m, l and what older sums are worth.  [1805.02867; FA2 Algorithm 1]
 //
 // A thread holds two rows, lane/4 and lane/4 + 8 of its warp's 16; four neighbouring lanes share a row.
+//
+// Lazy: m follows the maximum only where that has grown by more than 2^8, so that O is seldom rescaled.  P̃ <= 2^8 then, and
+// the result is as exact: any m gives the same quotient.  [FlashAttention-4's conditional rescaling]
 #pragma once
 
 #include "ptx.cuh"
 
+constexpr float GROWTH = 8.f;  // powers of 2
 constexpr float NEG_INF = __builtin_bit_cast(float, 0xFF800000);
 
 // The row (0 or 1) that element e of a thread's accumulators belongs to, and its column in the tile.
 DEVICE constexpr int row_of(int e) { return e / 2 % 2; }
 DEVICE constexpr int column_of(int e, int lane) { return e / 4 * 8 + lane % 4 * 2 + e % 2; }
 
+template <bool Lazy>
 struct Softmax {
-    float m[2] = {NEG_INF, NEG_INF};  // running maximum of the scores, in S's own unit
+    float m[2] = {NEG_INF, NEG_INF};  // running maximum of the scores, or one of before, in S's own unit
     float l[2] = {0.f, 0.f};          // running sum, this lane's part
     float alpha[2];                   // exp(m_old - m): what O and l of before are worth now
 
@@ -26,6 +31,7 @@ struct Softmax {
             for (int e = 2 * a; e < Size; e += 4) top = fmaxf(top, fmaxf(rS[e], rS[e + 1]));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+            if (Lazy && (top - m[a]) * unit <= GROWTH) top = m[a];
             const float seen = top == NEG_INF ? 0.f : top;  // a row that has seen nothing: P̃ = 0
             alpha[a] = exp2_approx((m[a] - seen) * unit);   // exactly 1 where m stays
             m[a] = top;
@@ -39,6 +45,9 @@ struct Softmax {
             l[a] = l[a] * alpha[a] + sum;
         }
     }
+
+    // Whether what older sums are worth has changed in any row of the warp.
+    DEVICE bool changed() const { return __any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f); }
 
     // The sum over a row's four lanes.
     DEVICE float total(int a) const {
