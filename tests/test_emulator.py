@@ -53,7 +53,7 @@ DEFECTS = {
     "Q given back while it is read": (CU, "turn.pass();", f"turn.pass();{NL}{Q_FREE}", None),
     "O seen by nobody": (CU, "async_fence();", "", None),
     "Q of the next rows too early": (
-        CU, "barrier_wait(shared_address(s.Q + WARPGROUPS + g), Q_parity);", "", None,
+        CU, "barrier_wait(empty, parity);", "", None,
     ),
     "Q's phase forgotten": (CU, "if (w.first < w.end) Q_parity ^= 1;", "", None),
     "a turn that is never passed": (CU, "turn.pass();", "", "named barrier"),
@@ -81,8 +81,8 @@ SHARED = {  # of what the blocks of a cluster share
         RING, "if (Cluster > 1 && lane < Cluster)", "if (Cluster > 1 && lane == cluster_rank())", "nobody can go on",
     ),
     "a stage that its own warps alone must free": (RING, "consumers * Cluster", "consumers", "one arrival too many"),
-    "half of the rows copied twice": (CU, "from = cluster_rank() * (Bc / CLUSTER);", "from = 0;", None),
-    "a copy to one block alone": (CU, "(1 << CLUSTER) - 1", "1", "nobody can go on"),
+    "half of the rows copied twice": (CU, "? cluster_rank() * (Bc / CLUSTER) :", "? 0 :", None),
+    "a copy to one block alone": (CU, "copy_in<CLUSTER>", "copy_in", "nobody can go on"),
 }  # fmt: skip
 APART = ("O overwritten while it leaves", "O never waited for", "Q given back while it is read")  # O has its own tile
 

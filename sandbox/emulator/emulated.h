@@ -410,16 +410,16 @@ inline int atomicAdd(int *to, int x) { return std::exchange(*to, *to + x); }
 
 constexpr u64 EVICT_FIRST = 0, EVICT_LAST = 0;
 
-inline void copy_in_all(u32 tile, const TensorMap &map, u32 barrier, int column, int row, int head, int batch, u64,
-                        u32 blocks) {
-    for (u32 rank = 0; rank < emulated::block->cluster; ++rank) {
-        if (!(blocks >> rank & 1)) continue;
+template <int Blocks = 1>
+void copy_in(u32 tile, const TensorMap &map, u32 barrier, int column, int row, int head, int batch, u64) {
+    for (u32 i = 0; i < Blocks; ++i) {
+        const u32 rank = Blocks > 1 ? i : cluster_rank();
+        if (rank >= emulated::block->cluster) emulated::fail("a copy to a block that is not in the cluster");
         const u32 to = emulated::there(rank, tile), told = emulated::there(rank, barrier);
-        const bool counts = blocks % (1u << rank) == 0;  // read once, whoever gets it
         auto copy = [=, &map] {
             const int from[4] = {column, row, head, batch};
             emulated::box(map, to, from, [&](unsigned char *here, const unsigned char *there) {
-                if (there) std::memcpy(here, there, map.element), map.moved[0] += counts;
+                if (there) std::memcpy(here, there, map.element), map.moved[0] += i == 0;  // read once, whoever gets it
                 else std::memset(here, 0, map.element);
             });
             emulated::arrive(told, 0, -long(map.box[0] * map.box[1] * map.element));
@@ -427,10 +427,6 @@ inline void copy_in_all(u32 tile, const TensorMap &map, u32 barrier, int column,
         if (emulated::block->late_arrivals) emulated::block->copies[told].push_back(copy);
         else copy();
     }
-}
-
-inline void copy_in(u32 tile, const TensorMap &map, u32 barrier, int column, int row, int head, int batch, u64 policy) {
-    copy_in_all(tile, map, barrier, column, row, head, batch, policy, 1 << cluster_rank());
 }
 
 inline void copy_out(const TensorMap &map, u32 tile, int column, int row, int head, int batch) {

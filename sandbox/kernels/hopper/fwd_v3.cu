@@ -20,6 +20,10 @@
 constexpr int d = HEAD_DIM, Bc = TILE_BC, Br = 64 * WARPGROUPS, PANELS = (d + 63) / 64;  // a panel: 64 columns of a tile, 128 bytes wide
 constexpr int Q_BYTES = 64 * PANELS * 128, KV_PANEL = Bc * 128, KV_BYTES = PANELS * KV_PANEL;
 constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps, each of which releases a stage
+constexpr int THREADS = 128 * (WARPGROUPS + 1), LAUNCHED = 65536 / THREADS / 8 * 8;  // registers a thread starts with
+constexpr int TAKEN = WARPGROUPS == 3 ? 160 : d <= 64 ? 232 : 240;                       // registers a consumer has,
+constexpr int GIVEN = WARPGROUPS == 3 ? 32 : d <= 64 ? 40 : 24;                          // and a producer keeps
+static_assert(GIVEN + WARPGROUPS * TAKEN <= (WARPGROUPS + 1) * LAUNCHED, "more would wait for ever");
 static_assert(CLUSTER == 1 || !(DYNAMIC || BANDED), "the blocks of a cluster take the same steps");
 
 
@@ -32,67 +36,51 @@ struct Shared {
     Work slot;
 };
 
-struct Tensors {
-    const TensorMap &Q, &K, &V, &O;  // boxes of 64 columns x 64 rows (Q, O) or x Bc rows (K, V)
-    float *LSE;                      // [batch, heads, N_q]
-};
-
 // ---- the producers --------------------------------------------------------------------------------------------------
 
-DEVICE void copy_tile(u32 tile, const TensorMap &map, u32 barrier, int row, int rows, int head, int batch, u64 policy) {
-#pragma unroll
-    for (int p = 0; p < PANELS; ++p) copy_in(tile + p * rows * 128, map, barrier, 64 * p, row, head, batch, policy);
-}
-
-// A stage of K or V: this block's share of its rows, to every block of the cluster.
-DEVICE void copy_stage(Ring<STAGES, CLUSTER> &ring, u32 tile, const TensorMap &map, int j, int head, int batch) {
-    ring.acquire();
-    ring.announce(KV_BYTES);
-    if (CLUSTER == 1) {
-        copy_tile(tile, map, ring.full(), j * Bc, Bc, head, batch, EVICT_LAST);
-    } else {
-        const int from = cluster_rank() * (Bc / CLUSTER);
-#pragma unroll
-        for (int p = 0; p < PANELS; ++p)
-            copy_in_all(tile + p * KV_PANEL + from * 128, map, ring.full(), 64 * p, j * Bc + from, head, batch,
-                        EVICT_LAST, (1 << CLUSTER) - 1);
-    }
-    ring.next();
-}
-
-// Q and K have a warp, V another: neither waits for the other's stages.
-DEVICE void bring_Q_and_K(Shared &s, const Tensors &t) {
-    Ring<STAGES, CLUSTER> K(s.K);
-    u32 Q_parity = 1;  // the first Q waits for nobody
+// Four warps with a job each: none waits for what another waits for.
+DEVICE void bring_Q(Shared &s, const TensorMap &map) {
+    u32 parity = 1;  // the first Q waits for nobody
     Next next{&s.slot, s.told};
+    for (Work w; next.hear(w, 1);) {
+        if (w.first == w.end) continue;
+#pragma unroll 1
+        for (int g = 0; g < WARPGROUPS; ++g) {
+            const u32 tile = shared_address(s.sQ[g]), full = shared_address(s.Q + g), empty = full + 8 * WARPGROUPS;
+            barrier_wait(empty, parity);
+            barrier_expect(full, Q_BYTES);
+#pragma unroll 1
+            for (int p = 0; p < PANELS; ++p)
+                copy_in(tile + p * (64 * 128), map, full, 64 * p, w.i0 + 64 * g, w.head, w.batch, EVICT_FIRST);
+        }
+        parity ^= 1;
+    }
+}
+
+// K or V, from the last block to the first.  In a cluster each block brings a share of the rows to all of them.
+DEVICE void bring(Shared &s, unsigned char (&tiles)[STAGES][KV_BYTES], u64 *barriers, const TensorMap &map) {
+    Ring<STAGES, CLUSTER> ring(barriers);
+    Next next{&s.slot, s.told};
+    const int from = CLUSTER > 1 ? cluster_rank() * (Bc / CLUSTER) : 0;
     for (Work w; next.hear(w, 1);)
 #pragma unroll 1
         for (int j = w.end - 1; j >= w.first; --j) {
-            copy_stage(K, shared_address(s.sK[K.stage]), t.K, j, w.kv_head, w.batch);
-            if (j < w.end - 1) continue;
-            for (int g = 0; g < WARPGROUPS; ++g) {
-                barrier_wait(shared_address(s.Q + WARPGROUPS + g), Q_parity);  // the tile is free
-                barrier_expect(shared_address(s.Q + g), Q_BYTES);
-                copy_tile(shared_address(s.sQ[g]), t.Q, shared_address(s.Q + g), w.i0 + 64 * g, 64, w.head, w.batch, EVICT_FIRST);
-            }
-            Q_parity ^= 1;
-        }
-}
-
-DEVICE void bring_V(Shared &s, const Tensors &t) {
-    Ring<STAGES, CLUSTER> V(s.V);
-    Next next{&s.slot, s.told};
-    for (Work w; next.hear(w, 1);)
+            ring.acquire();
+            ring.announce(KV_BYTES);
+            const u32 tile = shared_address(tiles[ring.stage]) + from * 128;
 #pragma unroll 1
-        for (int j = w.end - 1; j >= w.first; --j)
-            copy_stage(V, shared_address(s.sV[V.stage]), t.V, j, w.kv_head, w.batch);
+            for (int p = 0; p < PANELS; ++p)
+                copy_in<CLUSTER>(tile + p * KV_PANEL, map, ring.full(), 64 * p, j * Bc + from, w.kv_head, w.batch, EVICT_LAST);
+            ring.next();
+        }
 }
 
 // ---- a consumer warpgroup: 64 rows ------------------------------------------------------------------------------------
 
 struct Consumer {
     Shared &s;
-    const Tensors &t;
+    const TensorMap &O;
+    float *LSE;
     const Shape &shape;
     const int warpgroup, warp, lane;
     Ring<STAGES, CLUSTER> K{s.K}, V{s.V};
@@ -107,8 +95,8 @@ struct Consumer {
     u32 rP[Bc / 4];    // P̃ in 16 bits, two to a register
     float rO[d / 2];   // O  [64, d]
 
-    DEVICE Consumer(Shared &s, const Tensors &t, const Shape &shape, int warpgroup)
-        : s(s), t(t), shape(shape), warpgroup(warpgroup), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32),
+    DEVICE Consumer(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, int warpgroup)
+        : s(s), O(O), LSE(LSE), shape(shape), warpgroup(warpgroup), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32),
           Q(by_columns(shared_address(s.sQ[warpgroup]))), unit((SCORED ? 1.f : shape.scale) * 1.4426950408889634f) {}
 
     DEVICE void run() {
@@ -233,7 +221,7 @@ struct Consumer {
             inverse[a] = l != 0.f ? 1.f / l : 0.f;  // 0: the row sees nothing
             const int i = row + 8 * a;
             if (lane % 4 == 0 && i < shape.N_q)
-                store(t.LSE + (static_cast<long long>(w.batch) * shape.H + w.head) * shape.N_q + i,
+                store(LSE + (static_cast<long long>(w.batch) * shape.H + w.head) * shape.N_q + i,
                       l != 0.f ? softmax.m[a] * (unit * 0.6931471805599453f) + logf(l) : NEG_INF);
         }
         scale_rows(rO, inverse);
@@ -253,7 +241,7 @@ struct Consumer {
         named_sync(name, 128);
         if (threadIdx.x % 128 == 0) {
             for (int p = 0; p < PANELS; ++p)
-                copy_out(t.O, sO + p * 64 * 128, 64 * p, w.i0 + 64 * warpgroup, w.head, w.batch);
+                copy_out(O, sO + p * 64 * 128, 64 * p, w.i0 + 64 * warpgroup, w.head, w.batch);
             copies_out_commit();
             if (!O_APART) {
                 copies_out_read();
@@ -264,11 +252,10 @@ struct Consumer {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fwd_v3(const __grid_constant__ TensorMap Q, const __grid_constant__ TensorMap K, const __grid_constant__ TensorMap V,
            const __grid_constant__ TensorMap O, float *LSE, int *counter, const __grid_constant__ Shape shape) {
     Shared &s = *reinterpret_cast<Shared *>((reinterpret_cast<u64>(shared_memory()) + 1023) / 1024 * 1024);
-    const Tensors t{Q, K, V, O, LSE};
     if (threadIdx.x == 0) {
         prefetch(Q), prefetch(K), prefetch(V), prefetch(O);
         for (int g = 0; g < WARPGROUPS; ++g) {
@@ -277,23 +264,23 @@ extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
         }
         Ring<STAGES, CLUSTER>::init(s.K, CONSUMERS);
         Ring<STAGES, CLUSTER>::init(s.V, CONSUMERS);
-        Ring<1>::init(s.told, CONSUMERS + 2);
+        Ring<1>::init(s.told, CONSUMERS + 3);
         barrier_init_fence();
     }
     if (CLUSTER > 1) cluster_sync(); else __syncthreads();
 
     const int warpgroup = threadIdx.x / 128;
     if (warpgroup == WARPGROUPS) {
-        give_registers<32>();
+        give_registers<GIVEN>();
         const int warp = threadIdx.x / 32 % 4;
-        if (threadIdx.x % 32 == 0) {
-            if (warp == 0) bring_Q_and_K(s, t);
-            if (warp == 1) bring_V(s, t);
-            if (warp == 2) hand_out<DYNAMIC, CLUSTER>(Order<Br, Bc, CLUSTER, BANDED>{shape}, {&s.slot, s.told}, counter);
-        }
+        if (threadIdx.x % 32 != 0);
+        else if (warp == 0) hand_out<DYNAMIC, CLUSTER>(Order<Br, Bc, CLUSTER, BANDED>{shape}, {&s.slot, s.told}, counter);
+        else if (warp == 1) bring_Q(s, Q);
+        else if (warp == 2) bring(s, s.sK, s.K, K);
+        else bring(s, s.sV, s.V, V);
     } else {
-        take_registers<WARPGROUPS == 2 ? 240 : 160>();
-        Consumer(s, t, shape, warpgroup).run();
+        take_registers<TAKEN>();
+        Consumer(s, O, LSE, shape, warpgroup).run();
     }
     if (CLUSTER > 1) cluster_sync();  // nobody leaves while another may still reach into its shared memory
 }

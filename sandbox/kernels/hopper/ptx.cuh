@@ -85,23 +85,22 @@ DEVICE void named_arrive(u32 name, u32 threads) {
 // L2 eviction policies, as createpolicy.fractional encodes them for all of an access.
 constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
 
+// To each of a cluster's first `Blocks` blocks, at the same addresses, and to their barriers; 1: to this block alone.
+template <int Blocks = 1>
 DEVICE void copy_in(u32 tile, const TensorMap &map, u32 barrier, int column, int row, int head, int batch, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(tile),
-        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy)
-        : "memory");
-}
-
-// The same to every block of the cluster whose bit is set in `blocks`, and to its barrier.
-DEVICE void copy_in_all(u32 tile, const TensorMap &map, u32 barrier, int column, int row, int head, int batch, u64 policy,
-                        u32 blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6}], [%2], %8, %7;" ::"r"(tile),
-        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy),
-        "h"(static_cast<unsigned short>(blocks))
-        : "memory");
+    if constexpr (Blocks == 1)
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+            " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(tile),
+            "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy)
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+            " [%0], [%1, {%3, %4, %5, %6}], [%2], %8, %7;" ::"r"(tile),
+            "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy),
+            "h"(static_cast<unsigned short>((1 << Blocks) - 1))
+            : "memory");
 }
 
 DEVICE void copy_out(const TensorMap &map, u32 tile, int column, int row, int head, int batch) {
