@@ -466,6 +466,11 @@ void take_registers() {}
 template <int Registers>
 void give_registers() {}
 
+inline int uniform(u32, int x) { return x; }
+
+template <int Size>
+void settled(float (&)[Size]) {}
+
 inline void products_begin() {}
 
 inline void products_commit() {

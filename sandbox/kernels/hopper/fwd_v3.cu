@@ -147,10 +147,11 @@ struct Consumer {
         K.release(), K.next();
         if (MASKED) mask(j); else score();
         softmax.update(rS, unit);
-        products_wait<0>(rO);
+        settled(rS);
+        if (softmax.changed()) products_wait<0>(rO), scale_rows(rO, softmax.alpha);
+        products_wait<0>(rO);  // not before the softmax: ptxas would move it there, but for the branch
         V.release(), V.next();
         take_P();
-        if (softmax.changed()) scale_rows(rO, softmax.alpha);
     }
 
     DEVICE void last() {
@@ -269,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     if (CLUSTER > 1) cluster_sync(); else __syncthreads();
 
-    const int warpgroup = threadIdx.x / 128;
+    const int warpgroup = uniform(~0u, threadIdx.x / 128);
     if (warpgroup == WARPGROUPS) {
         give_registers<GIVEN>();
         const int warp = threadIdx.x / 32 % 4;

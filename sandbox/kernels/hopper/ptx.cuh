@@ -131,17 +131,26 @@ DEVICE void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
+// x, which these lanes have in common, as the compiler cannot know: it goes to a uniform register (redux.sync).
+DEVICE int uniform(u32 lanes, int x) { return __reduce_max_sync(lanes, x); }
+
 // Before the first product of a batch: what was written to its registers is there.
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+// x is computed before whatever follows, not put off until it is used.
+template <int Size>
+DEVICE void settled(float (&x)[Size]) {
+#pragma unroll
+    for (int e = 0; e < Size; ++e) asm volatile("" : "+f"(x[e])::"memory");
+}
+
 // Waits until at most `Pending` batches are under way, the youngest ones; rC belongs to one that is done.
 template <int Pending, int Size>
 DEVICE void products_wait(float (&rC)[Size]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
-#pragma unroll
-    for (int e = 0; e < Size; ++e) asm volatile("" : "+f"(rC[e])::"memory");  // nobody reads rC before the wait
+    settled(rC);  // nobody reads rC before the wait
 }
 
 // ---- numbers -------------------------------------------------------------------------------------------------------

@@ -57,9 +57,11 @@ struct Next {
     Work *slot;
     Ring<1> told;
 
-    DEVICE bool hear(Work &work, u32 lanes = ~0u) {  // these lanes of a warp
+    // All of these lanes of a warp hear the same, in uniform registers: what follows from it is computed once a warp.
+    DEVICE bool hear(Work &work, u32 lanes = ~0u) {
         told.wait();
-        work = *slot;
+        work = {uniform(lanes, slot->i0), uniform(lanes, slot->head), uniform(lanes, slot->kv_head),
+                uniform(lanes, slot->batch), uniform(lanes, slot->first), uniform(lanes, slot->end)};
         __syncwarp(lanes);
         told.release(), told.next();
         return work.end >= 0;
