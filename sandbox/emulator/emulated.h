@@ -303,21 +303,21 @@ inline void carry_out(Thread *group, size_t i) {
     }
 }
 
-// The four warps of a warpgroup come together, and one thread carries out all but the youngest `pending` batches.
+// A thread waits until all but its youngest `pending` batches are carried out, each when the whole warpgroup has asked.
 inline void products_until(size_t pending) {
-    Thread *group = &block->threads[block->current->rank * block->size + threadIdx.x / 128 * 128];
-    const std::string name = here("products of warpgroup " + std::to_string(threadIdx.x / 128));
-    meet(name, 128);
-    until(name, [&] { return group[0].batches.size() <= pending || due(block->late_readers); });
-    while (group[0].batches.size() > pending) {
-        for (int x = 0; x < 128; ++x)
-            if (group[x].batches.size() != group[0].batches.size() ||
-                group[x].batches.front().size() != group[0].batches.front().size())
-                fail("the threads of a warpgroup asked for different products");
-        for (size_t i = 0; i < group[0].batches.front().size(); ++i) carry_out(group, i);
-        for (int x = 0; x < 128; ++x) group[x].batches.pop_front();
-    }
-    meet(name, 128);
+    Thread *me = block->current, *group = &block->threads[me->rank * block->size + threadIdx.x / 128 * 128];
+    until(here("products of warpgroup " + std::to_string(threadIdx.x / 128)), [&] {
+        while (me->batches.size() > pending) {
+            if (std::any_of(group, group + 128, [](const Thread &t) { return t.batches.empty(); })) return false;
+            if (!due(block->late_readers)) return false;
+            for (int x = 0; x < 128; ++x)
+                if (group[x].batches.front().size() != group[0].batches.front().size())
+                    fail("the threads of a warpgroup asked for different products");
+            for (size_t i = 0; i < group[0].batches.front().size(); ++i) carry_out(group, i);
+            for (int x = 0; x < 128; ++x) group[x].batches.pop_front();
+        }
+        return true;
+    });
 }
 
 // ---- copies -------------------------------------------------------------------------------------------------------
