@@ -33,7 +33,7 @@ CU, RING, PRODUCTS, SOFTMAX = "fwd_v3.cu", "pipeline.cuh", "wgmma.cuh", "softmax
 SCHEDULER = "scheduler.cuh"
 S_WAIT, O_WAIT = "products_wait<OVERLAP ? 1 : 0>(rS);", "products_wait<0>(rO);"
 K_FREE, V_FREE = "K.release(), K.next();", "V.release(), V.next();"
-Q_FREE = "if (j == w.first && lane == 0) barrier_arrive(shared_address(s.Q + WARPGROUPS + warpgroup));"
+Q_FREE = "if (j == w.first) leave_Q();"
 NL = "\n        "  # between two statements of a member function
 
 # file, lines as they are, as they should not be, what the emulator says (None: the numbers are wrong)
@@ -43,23 +43,29 @@ DEFECTS = {
     "K released while it is read": (CU, f"{S_WAIT}{NL}{K_FREE}", f"{K_FREE}{NL}{S_WAIT}", None),
     "S read while it is computed": (CU, S_WAIT, "products_wait<2>(rS);", None),
     "P overwritten while it is read": (
-        CU, f"{O_WAIT}{NL}{V_FREE}{NL}take_P();", f"take_P();{NL}{O_WAIT}{NL}{V_FREE}", None,
+        CU, "settled(rS);", "take_P();", None,
     ),
-    "Q overwritten while O leaves": (CU, "                copies_out_read();\n", "", None),
+    "V of the next rows before O has left": (
+        CU, "if (IS_V && !O_APART) barrier_wait(shared_address(s.O_left), O_parity), O_parity ^= 1;", "", None,
+    ),
+    "O given up while it leaves": (CU, "if (!O_APART) copies_out_read(), ", "if (!O_APART) ", None),
+    "O written where V is read": (
+        CU, "if (!O_APART) named_sync(FIRST_NAME + WARPGROUPS, 128 * WARPGROUPS);", "", None,
+    ),
     "O overwritten while it leaves": (CU, "if (O_APART && threadIdx.x % 128 == 0) copies_out_read();", "", None),
     "O never waited for": (
         CU, f"    }}{NL}if (threadIdx.x % 128 == 0) copies_out_read();\n", "    }\n", "never waited for",
     ),
-    "Q given back while it is read": (CU, "turn.pass();", f"turn.pass();{NL}{Q_FREE}", None),
+    "Q given back while it is read": (CU, f"{S_WAIT}{NL}{K_FREE}{NL}{Q_FREE}", f"{Q_FREE}{NL}{S_WAIT}{K_FREE}", None),
     "O seen by nobody": (CU, "async_fence();", "", None),
     "Q of the next rows too early": (
         CU, "barrier_wait(empty, parity);", "", None,
     ),
-    "Q's phase forgotten": (CU, "if (w.first < w.end) Q_parity ^= 1;", "", None),
-    "a turn that is never passed": (CU, "turn.pass();", "", "named barrier"),
+    "Q's phase forgotten": (CU, f"Q_parity), Q_parity ^= 1;{NL}int j", f"Q_parity);{NL}int j", None),
+    "a turn that is never passed": (CU, f"weigh();{NL}turn.pass();", "weigh();", "named barrier"),
     "a stage that is never released": (CU, f"{V_FREE}{NL}take_P", f"V.next();{NL}take_P", "nobody can go on"),
     "a stage released too often": (
-        RING, "if (Cluster == 1 && lane == 0) barrier_arrive", "barrier_arrive", "nobody can go on",
+        RING, "if (threadIdx.x % 32 == 0) barrier_arrive", "barrier_arrive", "nobody can go on",
     ),
     "a parity that never turns": (RING, "stage = 0, parity ^= 1", "stage = 0", None),
     "fewer bytes than arrive": (CU, "ring.announce(KV_BYTES)", "ring.announce(KV_BYTES - 128)", "nobody can go on"),
@@ -67,7 +73,7 @@ DEFECTS = {
     "V's keys elsewhere": (PRODUCTS, "NEXT_ROWS = 2048 >> 4", "NEXT_ROWS = 1024 >> 4", None),
     "O not swizzled": (CU, "(chunk % 8 ^ r % 8) * 16", "chunk % 8 * 16", None),
     "rows and columns of S mistaken": (SOFTMAX, "e / 2 % 2", "e % 2", None),
-    "alpha forgotten": (CU, f"take_P();{NL}if (softmax.changed()) scale_rows(rO, softmax.alpha);", "take_P();", None),
+    "alpha forgotten": (CU, "products_wait<0>(rO), scale_rows(rO, softmax.alpha);", ";", None),
     "keys past the end": (CU, "if (key >= shape.N_k || ", "if (", None),
     "a row block forgotten before all have heard": (
         SCHEDULER, "told.release(), told.next();\n        return", "told.next();\n        return", "nobody can go on",
@@ -75,14 +81,6 @@ DEFECTS = {
     "a row block replaced while it is read": (SCHEDULER, "next.told.acquire();", "", None),
     "a counter that is not put back": (SCHEDULER, "*counter = 0", "", "counter was left at"),
     "a product never waited for": (CU, f"weigh();{NL}{O_WAIT}", "weigh();", "never waited for"),
-}  # fmt: skip
-SHARED = {  # of what the blocks of a cluster share
-    "a stage that only one's own warps release": (
-        RING, "if (Cluster > 1 && lane < Cluster)", "if (Cluster > 1 && lane == cluster_rank())", "nobody can go on",
-    ),
-    "a stage that its own warps alone must free": (RING, "consumers * Cluster", "consumers", "one arrival too many"),
-    "half of the rows copied twice": (CU, "? cluster_rank() * (Bc / CLUSTER) :", "? 0 :", None),
-    "a copy to one block alone": (CU, "copy_in<CLUSTER>", "copy_in", "nobody can go on"),
 }  # fmt: skip
 APART = ("O overwritten while it leaves", "O never waited for", "Q given back while it is read")  # O has its own tile
 
@@ -92,11 +90,11 @@ def sources(tmp_path):
     return shutil.copytree(fwd_v3.FILE.parent, tmp_path / "hopper") / fwd_v3.FILE.name
 
 
-def verdict(file, order: dict, monkeypatch, problem=PROBLEM, apart=False, **switches) -> gate.Verdict:
+def verdict(file, order: dict, monkeypatch, problem=PROBLEM, apart=False) -> gate.Verdict:
     """The gate's on the kernel of that file, run in that order, on scores whose maximum grows from block to block."""
     launch = emulator.launch
     monkeypatch.setattr(fwd_v3, "FILE", file)
-    switches = fwd_v3.Switches(2, apart, **switches)  # few stages: whoever is early is too early
+    switches = fwd_v3.Switches(2, apart)  # few stages: whoever is early is too early
     monkeypatch.setattr(fwd_v3, "chosen", lambda *_: switches)
     monkeypatch.setattr(emulator, "launch", lambda *a, **more: launch(*a, **more | order))
     variant = fwd_v3.Variant(**{**vars(fwd_v3.VARIANT), "name": f"{file} {switches}"})  # built anew
@@ -113,22 +111,19 @@ def test_the_unedited_sources_are_right_in_every_order(sources, monkeypatch, ord
     for apart, problem in ((False, PROBLEM), (True, PROBLEM), (True, Problem(1, 1, 1, 140, 150, 64, "fp16"))):
         found = verdict(sources, order, monkeypatch, problem, apart)
         assert found.passed, found.why
-    found = verdict(sources, order, monkeypatch, Problem(1, 2, 1, 300, 260, 64, "fp16"), dynamic=False, cluster=2)
-    assert found.passed, found.why
 
 
-@pytest.mark.parametrize("what", [*DEFECTS, *SHARED])
+@pytest.mark.parametrize("what", DEFECTS)
 def test_a_defect_is_found(sources, monkeypatch, what):
-    name, line, instead, told = (DEFECTS | SHARED)[what]
+    name, line, instead, told = DEFECTS[what]
     text = (sources.parent / name).read_text()
     assert text.count(line) == 1, f"{what}: the line stands there {text.count(line)} times"
     (sources.parent / name).write_text(text.replace(line, instead))
-    problem = Problem(1, 1, 1, 140, 150, 64, "fp16") if what in ("keys past the end", *SHARED) else PROBLEM
-    switches = dict(dynamic=False, cluster=2) if what in SHARED else {}
+    problem = Problem(1, 1, 1, 140, 150, 64, "fp16") if what == "keys past the end" else PROBLEM
     found = []
     for order in ORDERS:
         try:
-            found.append(verdict(sources, order, monkeypatch, problem, apart=what in APART, **switches).why)
+            found.append(verdict(sources, order, monkeypatch, problem, apart=what in APART).why)
         except emulator.EmulatorError as error:
             found.append(str(error))
         if found[-1] and (told is None or told in found[-1]):

@@ -115,8 +115,8 @@ def test_any_strides(layout):
 
 SWITCHED = [
     dict(ping_pong=False), dict(overlap=False), dict(ping_pong=False, overlap=False), dict(dynamic=False),
-    dict(lazy=False), dict(persistent=False), dict(dynamic=False, persistent=False), dict(dynamic=False, cluster=2),
-    dict(dynamic=False, cluster=2, persistent=False),
+    dict(lazy=False), dict(persistent=False), dict(dynamic=False, persistent=False),
+    dict(o_apart=False, stages=2), dict(o_apart=False, dynamic=False, stages=2),
 ]  # fmt: skip
 
 
@@ -126,7 +126,7 @@ SWITCHED = [
 def test_exact_with_a_switch_turned(switches, N_q, monkeypatch):
     chosen = fwd_v3.chosen
     monkeypatch.setattr(fwd_v3, "chosen", lambda *a: replace(chosen(*a), **switches))
-    problem = Problem(1, 2, 1, N_q, 260, 64, "fp16", mask=Mask("cluster" not in switches))
+    problem = Problem(1, 2, 1, N_q, 260, 64, "fp16", mask=Mask(True))
     variant = replace(VARIANT, name=f"fwd_v3 {switches}")
     verdict = gate.check(variant, problem, TILE, gate.gaussian(problem, 0, target.torch_device()), target.device())
     assert verdict.passed, verdict.why

@@ -45,13 +45,12 @@ class HopperLaunch:
     file     the .cu file; entry: its kernel; defines: macro -> int
     threads  threads a block
     shared   bytes of dynamic shared memory
-    cluster  blocks that reach each other's shared memory
     Arguments are Panels, Outputs, Counters and ctypes structures, in the order of the kernel's parameters.
     """
 
-    def __init__(self, file: Path, entry: str, threads: int, shared: int, defines: dict[str, int], cluster: int = 1):
+    def __init__(self, file: Path, entry: str, threads: int, shared: int, defines: dict[str, int]):
         self.file, self.name, self.defines = file, entry, defines
-        self.threads, self.shared, self.cluster = threads, shared, cluster
+        self.threads, self.shared = threads, shared
         self._kernel, self._emulated = None, 0
 
     def __call__(self, grid: int, *args) -> None:
@@ -64,11 +63,9 @@ class HopperLaunch:
         else:
             if self._kernel is None:
                 self._kernel = nvrtc.Kernel(self.binary())
-            launch = self._kernel.prepare(
-                grid=(grid, 1, 1), block=(self.threads, 1, 1), shared=self.shared, cluster=(self.cluster, 1, 1),
-                args=[_device(a) for a in args],
-            )  # fmt: skip
-            launch()
+            self._kernel.prepare(
+                grid=(grid, 1, 1), block=(self.threads, 1, 1), shared=self.shared, args=[_device(a) for a in args]
+            )()
 
     def binary(self) -> nvrtc.Binary:
         """The cubin for sm_90a: compiled, or read from the disk cache."""
@@ -81,8 +78,8 @@ class HopperLaunch:
         given = [_host(a) for a in args]
         early, self._emulated = self._emulated % 2 == 1, self._emulated + 1  # every second launch the other way
         stored = emulator.launch(
-            library, grid, self.threads, given, shared=self.shared, cluster=self.cluster, late_arrivals=not early,
-            late_readers=early, seed=self._emulated,
+            library, grid, self.threads, given, shared=self.shared, late_arrivals=not early, late_readers=early,
+            seed=self._emulated,
         )  # fmt: skip
         for a, there in zip(args, given):
             if isinstance(a, Panels):

@@ -97,10 +97,10 @@ def library(kernel: Path, entry: str, defines: tuple[tuple[str, int], ...], head
 
 
 def launch(
-    library: ctypes.CDLL, grid: int, threads: int, arguments: Sequence, *, shared: int = SHARED_BYTES, cluster: int = 1,
+    library: ctypes.CDLL, grid: int, threads: int, arguments: Sequence, *, shared: int = SHARED_BYTES,
     late_arrivals: bool = True, late_readers: bool = False, seed: int = 0,
 ) -> int:  # fmt: skip
-    """Runs the kernel on `grid` blocks, a cluster of them after another.  arguments: ctypes objects, one a parameter.
+    """Runs the kernel on `grid` blocks, one after another.  arguments: ctypes objects, one for each parameter.
 
     shared         bytes of dynamic shared memory
     late_arrivals  copies in happen at the last moment, or else at once
@@ -112,8 +112,8 @@ def launch(
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
     error, stored = ctypes.create_string_buffer(4096), ctypes.c_uint64()
     if library.launch(
-        grid, cluster, threads, shared, pointers, int(late_arrivals), int(late_readers), seed, ctypes.byref(stored),
-        error, len(error),
+        grid, threads, shared, pointers, int(late_arrivals), int(late_readers), seed, ctypes.byref(stored), error,
+        len(error),
     ):  # fmt: skip
         raise EmulatorError(error.value.decode())
     return stored.value

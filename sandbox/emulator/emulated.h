@@ -8,8 +8,8 @@
 // async_fence.  A block in which nobody can go on is told as a deadlock, with what each warp waits for.
 //
 // Layouts follow the PTX ISA (wgmma: register fragments, matrix descriptors, 128-byte swizzle; stmatrix; mbarrier), so
-// that a kernel that is right here addresses the hardware's layouts.  The blocks of a cluster run together, clusters one
-// after another.  Not modelled: the order of memory between blocks, time.
+// that a kernel that is right here addresses the hardware's layouts.  Not modelled: clusters, the order of memory
+// between blocks, time.
 #pragma once
 
 #include <ucontext.h>
@@ -42,8 +42,7 @@ struct Dim {
     u32 x, y, z;
 };
 inline Dim threadIdx, blockIdx, gridDim;
-constexpr u32 SHARED_BYTES = 232448, LARGEST_CLUSTER = 2;
-alignas(1024) inline unsigned char memory_of[LARGEST_CLUSTER][SHARED_BYTES + 1024 - SHARED_BYTES % 1024];  // of a cluster's blocks
+alignas(1024) inline unsigned char dynamic[232448];
 
 using std::max;
 using std::min;
@@ -70,7 +69,7 @@ struct Product16 {  // one wgmma of k = 16: A in shared memory or in registers
 struct Thread {
     ucontext_t context;
     std::unique_ptr<unsigned char[]> stack;
-    u32 x, rank;  // its number in its block, the block's in the cluster
+    u32 x;
     bool done = false;
     std::string waits;
     std::vector<std::pair<u32, u32>> stores;                 // (address, word): not yet fenced
@@ -90,9 +89,8 @@ struct Meeting {  // of some threads: a named barrier, a warp, a warpgroup
     u64 value[2][32];
 };
 
-struct Block {  // or a cluster of them
+struct Block {
     std::vector<Thread> threads;
-    u32 first, cluster, size;  // blocks before it, blocks of it, threads of each
     Thread *current = nullptr;
     ucontext_t hub;
     std::map<u32, Barrier> barriers;
@@ -146,7 +144,7 @@ inline std::string deadlock() {
     std::map<std::string, std::string> who;
     for (auto &t : block->threads)
         if (!t.done) {
-            std::string &warps = who[t.waits], name = std::to_string(t.x / 32 + t.rank * block->size / 32);
+            std::string &warps = who[t.waits], name = std::to_string(t.x / 32);
             if (warps.empty() || warps.substr(warps.rfind(' ') + 1) != name) warps += " " + name;
         }
     std::string text = "nobody can go on in block " + std::to_string(blockIdx.x);
@@ -156,20 +154,18 @@ inline std::string deadlock() {
 
 constexpr size_t STACK = 128 << 10;
 
-// Runs the blocks of one cluster; returns what went wrong, or nothing.
-inline std::string run_cluster(u32 first, u32 cluster, u32 size, u32 shared_bytes, bool late_arrivals, bool late_readers, u32 seed,
+// Runs one block; returns what went wrong, or nothing.
+inline std::string run_block(u32 threads, u32 shared_bytes, bool late_arrivals, bool late_readers, u32 seed,
                              std::function<void()> body) {
     Block b;
     block = &b;
     b.late_arrivals = late_arrivals, b.late_readers = late_readers;
     b.shared_bytes = shared_bytes, b.body = std::move(body);
-    b.first = first, b.cluster = cluster, b.size = size;
-    std::memset(memory_of, 0xFF, sizeof memory_of);
-    const u32 threads = cluster * size;
+    std::memset(dynamic, 0xFF, sizeof dynamic);
     b.threads.resize(threads);
     for (u32 x = 0; x < threads; ++x) {
         Thread &t = b.threads[x];
-        t.x = x % size, t.rank = x / size;
+        t.x = x;
         t.stack.reset(new unsigned char[STACK]);
         std::memset(t.stack.get(), 0xFF, STACK);
         getcontext(&t.context);
@@ -187,7 +183,7 @@ inline std::string run_cluster(u32 first, u32 cluster, u32 size, u32 shared_byte
         for (u32 x : order) {
             Thread &t = b.threads[x];
             if (t.done) continue;
-            left = true, b.current = &t, threadIdx.x = t.x, blockIdx.x = first + t.rank;
+            left = true, b.current = &t, threadIdx.x = x;
             swapcontext(&b.hub, &t.context);
             if (!b.error.empty()) break;
         }
@@ -198,10 +194,6 @@ inline std::string run_cluster(u32 first, u32 cluster, u32 size, u32 shared_byte
         for (auto &[barrier, copies] : b.copies)
             if (!copies.empty()) b.error = "copies into shared memory were never waited for";
     return b.error;
-}
-
-inline std::string here(const std::string &name) {
-    return block->cluster > 1 ? name + " of rank " + std::to_string(block->current->rank) : name;
 }
 
 // The threads of one meeting; each leaves `value` for the others.  Returns what they left, by lane.
@@ -215,21 +207,15 @@ inline const u64 *meet(const std::string &name, u32 threads, u64 value = 0) {
     return m.value[mine % 2];
 }
 
-inline std::string warp() { return here("lanes of a warp " + std::to_string(threadIdx.x / 32)); }
+inline std::string warp() { return "lanes of a warp " + std::to_string(threadIdx.x / 32); }
 
 // ---- shared memory ------------------------------------------------------------------------------------------------
 
 inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }  // 16-byte chunks within 8 rows of 128
 
-// Addresses of one's own block have no rank in them, those of another have its rank + 1 above RANK.
-constexpr u32 RANK = 24;
-inline u32 there(u32 rank, u32 address) { return address | (rank + 1) << RANK; }
-inline u32 named(u32 address) { return address >> RANK ? address : there(block->current->rank, address); }
-
 inline unsigned char *at(u32 address, u32 bytes) {
-    const u32 rank = (named(address) >> RANK) - 1, place = address & ((1 << RANK) - 1);
-    if (place + bytes > block->shared_bytes) fail("address " + std::to_string(place) + " is past shared memory");
-    return memory_of[rank] + place;
+    if (address + bytes > block->shared_bytes) fail("address " + std::to_string(address) + " is past shared memory");
+    return dynamic + address;
 }
 
 inline float number(uint16_t bits, bool bf16) {
@@ -305,8 +291,8 @@ inline void carry_out(Thread *group, size_t i) {
 
 // A thread waits until all but its youngest `pending` batches are carried out, each when the whole warpgroup has asked.
 inline void products_until(size_t pending) {
-    Thread *me = block->current, *group = &block->threads[me->rank * block->size + threadIdx.x / 128 * 128];
-    until(here("products of warpgroup " + std::to_string(threadIdx.x / 128)), [&] {
+    Thread *me = block->current, *group = &block->threads[threadIdx.x / 128 * 128];
+    until("products of warpgroup " + std::to_string(threadIdx.x / 128), [&] {
         while (me->batches.size() > pending) {
             if (std::any_of(group, group + 128, [](const Thread &t) { return t.batches.empty(); })) return false;
             if (!due(block->late_readers)) return false;
@@ -339,7 +325,7 @@ void box(const TensorMap &map, u32 tile, const int (&from)[4], Visit visit) {
 }
 
 inline void arrive(u32 address, long count, long bytes) {
-    auto found = block->barriers.find(named(address));
+    auto found = block->barriers.find(address);
     if (found == block->barriers.end()) fail("a barrier that was not initialised");
     Barrier &b = found->second;
     b.pending -= count, b.bytes += bytes;
@@ -352,11 +338,11 @@ inline void arrive(u32 address, long count, long bytes) {
 
 // ---- ptx.cuh --------------------------------------------------------------------------------------------------------
 
-inline unsigned char *shared_memory() { return memory_of[emulated::block->current->rank]; }
-inline u32 shared_address(const void *p) { return static_cast<const unsigned char *>(p) - shared_memory(); }
+inline unsigned char *shared_memory() { return dynamic; }
+inline u32 shared_address(const void *p) { return static_cast<const unsigned char *>(p) - dynamic; }
 
 inline void barrier_init(u32 barrier, u32 arrivals) {
-    emulated::block->barriers[emulated::named(barrier)] = {long(arrivals), long(arrivals), 0, 0};
+    emulated::block->barriers[barrier] = {long(arrivals), long(arrivals), 0, 0};
 }
 inline void barrier_init_fence() {}
 inline void barrier_arrive(u32 barrier) { emulated::arrive(barrier, 1, 0); }
@@ -364,30 +350,24 @@ inline void barrier_expect(u32 barrier, u32 bytes) { emulated::arrive(barrier, 1
 
 inline void barrier_wait(u32 barrier, u32 parity) {
     emulated::until("barrier at " + std::to_string(barrier) + " of parity " + std::to_string(parity), [&] {
-        auto &copies = emulated::block->copies[emulated::named(barrier)];
+        auto &copies = emulated::block->copies[barrier];
         if (!copies.empty() && emulated::due(true)) {
             for (auto &copy : copies) copy();
             copies.clear();
         }
-        return emulated::block->barriers.at(emulated::named(barrier)).phase % 2 != parity;
+        return emulated::block->barriers.at(barrier).phase % 2 != parity;
     });
 }
 
-inline u32 cluster_rank() { return emulated::block->current->rank; }
-inline void barrier_arrive_in(u32 rank, u32 barrier) { emulated::arrive(emulated::there(rank, barrier), 1, 0); }
-inline void cluster_sync() { emulated::meet("cluster_sync", emulated::block->threads.size()); }
-
-inline void named_sync(u32 name, u32 threads) {
-    emulated::meet(emulated::here("named barrier " + std::to_string(name)), threads);
-}
+inline void named_sync(u32 name, u32 threads) { emulated::meet("named barrier " + std::to_string(name), threads); }
 
 inline void named_arrive(u32 name, u32 threads) {
-    emulated::Meeting &m = emulated::block->meetings[emulated::here("named barrier " + std::to_string(name))];
+    emulated::Meeting &m = emulated::block->meetings["named barrier " + std::to_string(name)];
     if (++m.arrived == threads) m.arrived = 0, ++m.generation;
     emulated::block->progress = true;
 }
 
-inline void __syncthreads() { emulated::meet(emulated::here("__syncthreads"), emulated::block->size); }
+inline void __syncthreads() { emulated::meet("__syncthreads", emulated::block->threads.size()); }
 inline void __syncwarp(u32 lanes) {
     if (lanes == ~0u) emulated::meet(emulated::warp(), 32);
     else if (lanes != 1u << threadIdx.x % 32) emulated::fail("lanes that are neither a warp nor this one");
@@ -410,23 +390,17 @@ inline int atomicAdd(int *to, int x) { return std::exchange(*to, *to + x); }
 
 constexpr u64 EVICT_FIRST = 0, EVICT_LAST = 0;
 
-template <int Blocks = 1>
-void copy_in(u32 tile, const TensorMap &map, u32 barrier, int column, int row, int head, int batch, u64) {
-    for (u32 i = 0; i < Blocks; ++i) {
-        const u32 rank = Blocks > 1 ? i : cluster_rank();
-        if (rank >= emulated::block->cluster) emulated::fail("a copy to a block that is not in the cluster");
-        const u32 to = emulated::there(rank, tile), told = emulated::there(rank, barrier);
-        auto copy = [=, &map] {
-            const int from[4] = {column, row, head, batch};
-            emulated::box(map, to, from, [&](unsigned char *here, const unsigned char *there) {
-                if (there) std::memcpy(here, there, map.element), map.moved[0] += i == 0;  // read once, whoever gets it
-                else std::memset(here, 0, map.element);
-            });
-            emulated::arrive(told, 0, -long(map.box[0] * map.box[1] * map.element));
-        };
-        if (emulated::block->late_arrivals) emulated::block->copies[told].push_back(copy);
-        else copy();
-    }
+inline void copy_in(u32 tile, const TensorMap &map, u32 barrier, int column, int row, int head, int batch, u64) {
+    auto copy = [=, &map] {
+        const int from[4] = {column, row, head, batch};
+        emulated::box(map, tile, from, [&](unsigned char *here, const unsigned char *there) {
+            if (there) std::memcpy(here, there, map.element), ++map.moved[0];
+            else std::memset(here, 0, map.element);
+        });
+        emulated::arrive(barrier, 0, -long(map.box[0] * map.box[1] * map.element));
+    };
+    if (emulated::block->late_arrivals) emulated::block->copies[barrier].push_back(copy);
+    else copy();
 }
 
 inline void copy_out(const TensorMap &map, u32 tile, int column, int row, int head, int batch) {

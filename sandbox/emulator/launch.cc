@@ -18,13 +18,14 @@ void call(void (*kernel)(Parameters...), void **arguments) {
 }  // namespace
 
 // Arguments as cuLaunchKernel takes them.  Returns 0, or 1 and in `error` what went wrong.
-extern "C" int launch(u32 grid, u32 cluster, u32 threads, u32 shared_bytes, void **arguments, int late_arrivals,
+extern "C" int launch(u32 grid, u32 threads, u32 shared_bytes, void **arguments, int late_arrivals,
                       int late_readers, u32 seed, u64 *stored, char *error, u32 room) {
     gridDim = {grid, 1, 1};
     emulated::stored = 0;
-    for (u32 first = 0; first < grid; first += cluster) {
-        const std::string what = emulated::run_cluster(
-            first, cluster, threads, shared_bytes, late_arrivals, late_readers, seed, [&] { call(ENTRY, arguments); });
+    for (u32 x = 0; x < grid; ++x) {
+        blockIdx = {x, 0, 0};
+        const std::string what = emulated::run_block(
+            threads, shared_bytes, late_arrivals, late_readers, seed, [&] { call(ENTRY, arguments); });
         if (!what.empty()) {
             std::strncpy(error, what.c_str(), room - 1);
             return 1;

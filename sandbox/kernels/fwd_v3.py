@@ -43,12 +43,11 @@ class Switches:
     """What can be turned, one by one: that is how the ablations are built.
 
     stages      of K and of V that are on their way or in use
-    o_apart     O has a tile of its own, so that the next Q comes early; else it leaves through Q's
+    o_apart     O has a tile of its own; else it leaves through V's, and the next V waits
     ping_pong   while one warpgroup multiplies, another takes its softmax
     overlap     Q Kᵀ of the next block is under way during the softmax of this one
     dynamic     a block that is free takes the next row block; else each gridDim.x-th is its own
     lazy        O is rescaled only where a row's maximum has grown a lot
-    cluster     blocks that share the copies of K and V: 1 or 2; with 2 all of them must take the same steps
     persistent  one block a multiprocessor walks through row blocks; else one block a row block
     """
 
@@ -58,7 +57,6 @@ class Switches:
     overlap: bool = True
     dynamic: bool = True
     lazy: bool = True
-    cluster: int = 1
     persistent: bool = True
 
 
@@ -106,10 +104,7 @@ def made(problem, tile, switches: Switches):
     }  # fmt: skip
     threads = 128 * (defines["WARPGROUPS"] + 1)
     bytes = shared_bytes(problem.d, tile, switches.stages, switches.o_apart)
-    return [
-        HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}, switches.cluster)
-        for scored in (0, 1)
-    ]
+    return [HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}) for scored in (0, 1)]
 
 
 def build(problem, tile, device):
@@ -125,14 +120,13 @@ def build(problem, tile, device):
         lo, hi = problem.mask.band(N_q, problem.N_k)
         section = problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d))
         shape = Shape(N_q, problem.N_k, H, problem.group, lo, hi, B * H, section, problem.scale, problem.softcap)
-        cluster = switches.cluster
-        clusters = B * H * -(-N_q // (tile.Br * cluster))
+        blocks = B * H * -(-N_q // tile.Br)
         if switches.persistent:
-            clusters = min(max(1, device.sms // cluster), clusters)
+            blocks = min(device.sms, blocks)
         run = scored if problem.softcap > 0 or problem.scale <= 0 else plain
         run(
-            clusters * cluster, Panels("Q", addressable(Q), WARPGROUP_ROWS),
-            Panels("K", addressable(K), tile.Bc // cluster), Panels("V", addressable(V), tile.Bc // cluster),
+            blocks, Panels("Q", addressable(Q), WARPGROUP_ROWS),
+            Panels("K", addressable(K), tile.Bc), Panels("V", addressable(V), tile.Bc),
             Panels("O", O, WARPGROUP_ROWS), Output("LSE", LSE), Counter(), shape,
         )  # fmt: skip
 

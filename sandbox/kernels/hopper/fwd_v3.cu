@@ -8,10 +8,9 @@
 //     OVERLAP    Q Kᵀ of the next block runs under the softmax of this one  (§3.2)
 //     DYNAMIC    a block that is free takes the next row block, and not each gridDim.x-th
 //     LAZY       O is rescaled only where the maximum has grown a lot
-//     CLUSTER    blocks that read the same K and V share the copies: each brings its part to all of them
 //
 // Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES, BF16, BANDED (causal, window), SCORED (scaled before the
-// softmax), O_APART (O has a tile of its own, so that the next Q comes early; else it leaves through Q's), the switches.
+// softmax), O_APART (O has a tile of its own; else it leaves through V's, and the next V waits), the switches.
 #include "pipeline.cuh"
 #include "scheduler.cuh"
 #include "softmax.cuh"
@@ -24,7 +23,7 @@ constexpr int THREADS = 128 * (WARPGROUPS + 1), LAUNCHED = 65536 / THREADS / 8 *
 constexpr int TAKEN = WARPGROUPS == 3 ? 160 : d <= 64 ? 232 : 240;                       // registers a consumer has,
 constexpr int GIVEN = WARPGROUPS == 3 ? 32 : d <= 64 ? 40 : 24;                          // and a producer keeps
 static_assert(GIVEN + WARPGROUPS * TAKEN <= (WARPGROUPS + 1) * LAUNCHED, "more would wait for ever");
-static_assert(CLUSTER == 1 || !(DYNAMIC || BANDED), "the blocks of a cluster take the same steps");
+static_assert(O_APART || STAGES * Bc >= Br, "O has no room among the tiles of V");
 
 
 struct Shared {
@@ -32,7 +31,7 @@ struct Shared {
     alignas(1024) unsigned char sO[O_APART ? WARPGROUPS : 1][O_APART ? Q_BYTES : 1024];
     alignas(1024) unsigned char sK[STAGES][KV_BYTES];     // [Bc, d]
     alignas(1024) unsigned char sV[STAGES][KV_BYTES];     // [Bc, d]
-    u64 Q[2 * WARPGROUPS], K[2 * STAGES], V[2 * STAGES], told[2];  // barriers
+    u64 Q[2 * WARPGROUPS], K[2 * STAGES], V[2 * STAGES], told[2], O_left[1];  // barriers
     Work slot;
 };
 
@@ -57,33 +56,37 @@ DEVICE void bring_Q(Shared &s, const TensorMap &map) {
     }
 }
 
-// K or V, from the last block to the first.  In a cluster each block brings a share of the rows to all of them.
+// K or V, from the last block to the first.
+template <bool IS_V>
 DEVICE void bring(Shared &s, unsigned char (&tiles)[STAGES][KV_BYTES], u64 *barriers, const TensorMap &map) {
-    Ring<STAGES, CLUSTER> ring(barriers);
+    Ring<STAGES> ring(barriers);
     Next next{&s.slot, s.told};
-    const int from = CLUSTER > 1 ? cluster_rank() * (Bc / CLUSTER) : 0;
-    for (Work w; next.hear(w, 1);)
+    u32 O_parity = 1;
+    for (Work w; next.hear(w, 1);) {
+        if (IS_V && !O_APART) barrier_wait(shared_address(s.O_left), O_parity), O_parity ^= 1;
 #pragma unroll 1
         for (int j = w.end - 1; j >= w.first; --j) {
             ring.acquire();
             ring.announce(KV_BYTES);
-            const u32 tile = shared_address(tiles[ring.stage]) + from * 128;
+            const u32 tile = shared_address(tiles[ring.stage]);
 #pragma unroll 1
             for (int p = 0; p < PANELS; ++p)
-                copy_in<CLUSTER>(tile + p * KV_PANEL, map, ring.full(), 64 * p, j * Bc + from, w.kv_head, w.batch, EVICT_LAST);
+                copy_in(tile + p * KV_PANEL, map, ring.full(), 64 * p, j * Bc, w.kv_head, w.batch, EVICT_LAST);
             ring.next();
         }
+    }
 }
 
 // ---- a consumer warpgroup: 64 rows ------------------------------------------------------------------------------------
 
 struct Consumer {
+    static constexpr int FIRST_NAME = Turns<WARPGROUPS, PING_PONG>::FIRST_NAME + WARPGROUPS;  // of its own named barriers
     Shared &s;
     const TensorMap &O;
     float *LSE;
     const Shape &shape;
     const int warpgroup, warp, lane;
-    Ring<STAGES, CLUSTER> K{s.K}, V{s.V};
+    Ring<STAGES> K{s.K}, V{s.V};
     Turns<WARPGROUPS, PING_PONG> turn{warpgroup};
     u32 Q_parity = 0;
     u64 Q;            // descriptor of sQ
@@ -106,7 +109,7 @@ struct Consumer {
             softmax = Softmax<LAZY>();
 #pragma unroll
             for (int e = 0; e < d / 2; ++e) rO[e] = 0.f;
-            if (w.first < w.end) attend();
+            if (w.first < w.end) w.i0 + 64 * warpgroup < shape.N_q ? attend() : sit_out();
             finish();
         }
         if (threadIdx.x % 128 == 0) copies_out_read();
@@ -114,7 +117,7 @@ struct Consumer {
 
     // The key blocks from last to first: those that the mask cuts, then whole ones, then, in a window, cut ones again.
     DEVICE void attend() {
-        barrier_wait(shared_address(s.Q + warpgroup), Q_parity);
+        barrier_wait(shared_address(s.Q + warpgroup), Q_parity), Q_parity ^= 1;
         int j = w.end - 1;
         first(j--);
         for (; j >= w.first && !whole(j); --j) step<true>(j);
@@ -123,12 +126,24 @@ struct Consumer {
         last();
     }
 
+    // None of its rows exist: its stages and its turns go by.
+    DEVICE void sit_out() {
+        barrier_wait(shared_address(s.Q + warpgroup), Q_parity), Q_parity ^= 1;
+        leave_Q();
+        for (int j = w.end - 1; j >= w.first; --j) {
+            K.skip();
+            if (j < w.end - 1) turn.wait(), turn.pass();
+            V.skip();
+        }
+    }
+
     // S of the first block has nothing to run under.
     DEVICE void first(int j) {
         K.wait();
         scores();
         products_wait<0>(rS);
         K.release(), K.next();
+        if (j == w.first) leave_Q();
         mask(j);
         softmax.update(rS, unit);
         take_P();
@@ -145,6 +160,7 @@ struct Consumer {
         turn.pass();
         products_wait<OVERLAP ? 1 : 0>(rS);
         K.release(), K.next();
+        if (j == w.first) leave_Q();
         if (MASKED) mask(j); else score();
         softmax.update(rS, unit);
         settled(rS);
@@ -155,11 +171,15 @@ struct Consumer {
     }
 
     DEVICE void last() {
-        if (O_APART && lane == 0) barrier_arrive(shared_address(s.Q + WARPGROUPS + warpgroup));  // Q has been read
         V.wait();
         weigh();
         products_wait<0>(rO);
         V.release(), V.next();
+    }
+
+    // The last product with Q is done: the next one may come.
+    DEVICE void leave_Q() {
+        if (lane == 0) barrier_arrive(shared_address(s.Q + WARPGROUPS + warpgroup));
     }
 
     // S = Q Kᵀ  [64, Bc]
@@ -227,9 +247,11 @@ struct Consumer {
         }
         scale_rows(rO, inverse);
 
-        const u32 name = 1 + WARPGROUPS + warpgroup, sO = shared_address(O_APART ? s.sO[warpgroup] : s.sQ[warpgroup]);
+        const u32 name = FIRST_NAME + warpgroup;
+        const u32 sO = shared_address(O_APART ? s.sO[warpgroup] : &s.sV[0][0] + warpgroup * Q_BYTES);
+        if (!O_APART) named_sync(FIRST_NAME + WARPGROUPS, 128 * WARPGROUPS);  // nobody reads V any more
         if (O_APART && threadIdx.x % 128 == 0) copies_out_read();
-        named_sync(name, 128);  // the tile is free: every warp has read its Q, or the O of before has left
+        if (O_APART) named_sync(name, 128);  // the O of before has left
         const int r = 16 * warp + lane % 16;
 #pragma unroll
         for (int c = 0; c < d / 8; c += 2) {  // 16 columns at a time
@@ -244,12 +266,8 @@ struct Consumer {
             for (int p = 0; p < PANELS; ++p)
                 copy_out(O, sO + p * 64 * 128, 64 * p, w.i0 + 64 * warpgroup, w.head, w.batch);
             copies_out_commit();
-            if (!O_APART) {
-                copies_out_read();
-                if (w.first < w.end) barrier_arrive(shared_address(s.Q + WARPGROUPS + warpgroup));
-            }
+            if (!O_APART) copies_out_read(), barrier_arrive(shared_address(s.O_left));
         }
-        if (w.first < w.end) Q_parity ^= 1;
     }
 };
 
@@ -261,27 +279,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         prefetch(Q), prefetch(K), prefetch(V), prefetch(O);
         for (int g = 0; g < WARPGROUPS; ++g) {
             barrier_init(shared_address(s.Q + g), 1);
-            barrier_init(shared_address(s.Q + WARPGROUPS + g), O_APART ? 4 : 1);
+            barrier_init(shared_address(s.Q + WARPGROUPS + g), 4);
         }
-        Ring<STAGES, CLUSTER>::init(s.K, CONSUMERS);
-        Ring<STAGES, CLUSTER>::init(s.V, CONSUMERS);
+        Ring<STAGES>::init(s.K, CONSUMERS);
+        Ring<STAGES>::init(s.V, CONSUMERS);
         Ring<1>::init(s.told, CONSUMERS + 3);
+        barrier_init(shared_address(s.O_left), WARPGROUPS);
         barrier_init_fence();
     }
-    if (CLUSTER > 1) cluster_sync(); else __syncthreads();
+    __syncthreads();
 
     const int warpgroup = uniform(~0u, threadIdx.x / 128);
     if (warpgroup == WARPGROUPS) {
         give_registers<GIVEN>();
         const int warp = threadIdx.x / 32 % 4;
         if (threadIdx.x % 32 != 0);
-        else if (warp == 0) hand_out<DYNAMIC, CLUSTER>(Order<Br, Bc, CLUSTER, BANDED>{shape}, {&s.slot, s.told}, counter);
+        else if (warp == 0) hand_out<DYNAMIC>(Order<Br, Bc, BANDED>{shape}, {&s.slot, s.told}, counter);
         else if (warp == 1) bring_Q(s, Q);
-        else if (warp == 2) bring(s, s.sK, s.K, K);
-        else bring(s, s.sV, s.V, V);
+        else if (warp == 2) bring<false>(s, s.sK, s.K, K);
+        else bring<true>(s, s.sV, s.V, V);
     } else {
         take_registers<TAKEN>();
         Consumer(s, O, LSE, shape, warpgroup).run();
     }
-    if (CLUSTER > 1) cluster_sync();  // nobody leaves while another may still reach into its shared memory
 }

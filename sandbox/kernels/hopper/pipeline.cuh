@@ -5,8 +5,8 @@
 #include "ptx.cuh"
 
 // One side's place in a ring of Size stages.  Each stage has two barriers: full, when its bytes have arrived; empty, when
-// every consumer has released it, those of the other blocks of a cluster too, since a copy goes to all of them.
-template <int Size, int Cluster = 1>
+// every consumer has released it.
+template <int Size>
 struct Ring {
     u32 barriers;  // Size of them full, Size empty, 8 bytes each
     int stage = 0;
@@ -17,7 +17,7 @@ struct Ring {
     static DEVICE void init(u64 *barriers, u32 consumers) {
         for (int s = 0; s < Size; ++s) {
             barrier_init(shared_address(barriers + s), 1);
-            barrier_init(shared_address(barriers + Size + s), consumers * Cluster);
+            barrier_init(shared_address(barriers + Size + s), consumers);
         }
     }
 
@@ -34,9 +34,14 @@ struct Ring {
     DEVICE void wait() const { barrier_wait(full(), parity); }
 
     DEVICE void release() const {
-        const u32 lane = threadIdx.x % 32, barrier = empty();
-        if (Cluster > 1 && lane < Cluster) barrier_arrive_in(lane, barrier);
-        if (Cluster == 1 && lane == 0) barrier_arrive(barrier);
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty());
+    }
+
+    // A whole warp that has no use for the stage: no lane may miss the phase, so none releases it before all have waited.
+    DEVICE void skip() {
+        wait();
+        __syncwarp(~0u);
+        release(), next();
     }
 
     DEVICE void next() {
@@ -47,7 +52,7 @@ struct Ring {
 // Ping-pong: warpgroups take turns at the tensor cores, so that one's softmax runs under another's products.  [FA3 §3.1]
 template <int Warpgroups, bool On>
 struct Turns {
-    int mine, next;
+    int mine, next;  // names of barriers
 
     DEVICE Turns(int warpgroup) : mine(FIRST_NAME + warpgroup), next(FIRST_NAME + (warpgroup + 1) % Warpgroups) {
         if (On && warpgroup == 0) named_arrive(mine, 256);  // the first turn is the first warpgroup's

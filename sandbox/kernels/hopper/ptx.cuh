@@ -53,25 +53,6 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
         "}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// ---- clusters: blocks that reach each other's shared memory ---------------------------------------------------------
-
-DEVICE u32 cluster_rank() {
-    u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-// Arrives at the barrier that the block of that rank has at this address.
-DEVICE void barrier_arrive_in(u32 rank, u32 barrier) {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
-}
-
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
 // ---- named barriers: some warps of the block meet ------------------------------------------------------------------
 
 DEVICE void named_sync(u32 name, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
@@ -85,22 +66,12 @@ DEVICE void named_arrive(u32 name, u32 threads) {
 // L2 eviction policies, as createpolicy.fractional encodes them for all of an access.
 constexpr u64 EVICT_FIRST = 0x12F0000000000000, EVICT_LAST = 0x14F0000000000000;
 
-// To each of a cluster's first `Blocks` blocks, at the same addresses, and to their barriers; 1: to this block alone.
-template <int Blocks = 1>
 DEVICE void copy_in(u32 tile, const TensorMap &map, u32 barrier, int column, int row, int head, int batch, u64 policy) {
-    if constexpr (Blocks == 1)
-        asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-            " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(tile),
-            "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy)
-            : "memory");
-    else
-        asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-            " [%0], [%1, {%3, %4, %5, %6}], [%2], %8, %7;" ::"r"(tile),
-            "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy),
-            "h"(static_cast<unsigned short>((1 << Blocks) - 1))
-            : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(tile),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy)
+        : "memory");
 }
 
 DEVICE void copy_out(const TensorMap &map, u32 tile, int column, int row, int head, int batch) {

@@ -18,12 +18,12 @@ struct Work {
 };
 
 // Row blocks in the order they are to be begun.  Under a band, the rows that see most come first (longest processing time
-// first), in sections of heads so that K and V are read from L2.  The blocks of a cluster have row blocks side by side.
-template <int Br, int Bc, int Cluster, bool Banded>
+// first), in sections of heads so that K and V are read from L2.
+template <int Br, int Bc, bool Banded>
 struct Order {
     const Shape &shape;
 
-    DEVICE int rows() const { return (shape.N_q + Br * Cluster - 1) / (Br * Cluster); }  // clusters' row blocks a head
+    DEVICE int rows() const { return (shape.N_q + Br - 1) / Br; }  // row blocks a head
     DEVICE int count() const { return rows() * shape.heads; }
 
     DEVICE Work at(int index) const {
@@ -37,7 +37,6 @@ struct Order {
         } else {
             i = index % Tr, bh = index / Tr;
         }
-        if (Cluster > 1) i = i * Cluster + cluster_rank();
         const int i0 = i * Br, head = bh % shape.H;
         int first = 0, end = shape.N_k;
         if (Banded) {
@@ -68,9 +67,9 @@ struct Next {
     }
 };
 
-template <bool Dynamic, int Cluster, class Order>
+template <bool Dynamic, class Order>
 DEVICE void hand_out(const Order &order, Next next, int *counter) {
-    for (int index = blockIdx.x / Cluster;;) {
+    for (int index = blockIdx.x;;) {
         next.told.acquire();
         *next.slot = order.at(index);
         next.told.publish(), next.told.next();
@@ -80,7 +79,7 @@ DEVICE void hand_out(const Order &order, Next next, int *counter) {
             if (ticket == order.count() - 1) *counter = 0;
             index = gridDim.x + ticket;
         } else {
-            index += gridDim.x / Cluster;
+            index += gridDim.x;
         }
     }
 }
