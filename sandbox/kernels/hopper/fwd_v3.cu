@@ -109,7 +109,7 @@ struct Consumer {
             softmax = Softmax<LAZY>();
 #pragma unroll
             for (int e = 0; e < d / 2; ++e) rO[e] = 0.f;
-            if (w.first < w.end) w.i0 + 64 * warpgroup < shape.N_q ? attend() : sit_out();
+            if (w.first < w.end) attend();
             finish();
         }
         if (threadIdx.x % 128 == 0) copies_out_read();
@@ -124,17 +124,6 @@ struct Consumer {
         for (; j >= w.first && whole(j); --j) step<false>(j);
         for (; j >= w.first; --j) step<true>(j);
         last();
-    }
-
-    // None of its rows exist: its stages and its turns go by.
-    DEVICE void sit_out() {
-        barrier_wait(shared_address(s.Q + warpgroup), Q_parity), Q_parity ^= 1;
-        leave_Q();
-        for (int j = w.end - 1; j >= w.first; --j) {
-            K.skip();
-            if (j < w.end - 1) turn.wait(), turn.pass();
-            V.skip();
-        }
     }
 
     // S of the first block has nothing to run under.

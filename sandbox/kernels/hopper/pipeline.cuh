@@ -37,13 +37,6 @@ struct Ring {
         if (threadIdx.x % 32 == 0) barrier_arrive(empty());
     }
 
-    // A whole warp that has no use for the stage: no lane may miss the phase, so none releases it before all have waited.
-    DEVICE void skip() {
-        wait();
-        __syncwarp(~0u);
-        release(), next();
-    }
-
     DEVICE void next() {
         if (++stage == Size) stage = 0, parity ^= 1;
     }
