@@ -76,7 +76,7 @@ DEFECTS = {
     "alpha forgotten": (CU, "products_wait<0>(rO), scale_rows(rO, softmax.alpha);", ";", None),
     "keys past the end": (CU, "if (key >= shape.N_k || ", "if (", None),
     "a row block forgotten before all have heard": (
-        SCHEDULER, "told.release(), told.next();\n        return", "told.next();\n        return", "nobody can go on",
+        SCHEDULER, "told.release(), told.next();", "told.next();", "nobody can go on",
     ),
     "a row block replaced while it is read": (SCHEDULER, "next.told.acquire();", "", None),
     "a counter that is not put back": (SCHEDULER, "*counter = 0", "", "counter was left at"),

@@ -15,8 +15,10 @@ from ..variant import Infeasible, Tile, Unsupported, Variant
 FILE = Path(__file__).parent / "hopper" / "fwd_v3.cu"
 WARPGROUP_ROWS, MOST_KEYS, PANEL = 64, 256, 64
 L2_BYTES = 32 << 20  # of K and V that are worked on at a time
-ACCUMULATORS = {2: 216, 3: 136}  # registers a thread has for S, P and O, by warpgroups
-TILES = tuple(Tile(Br, Bc) for Br in (128, 192) for Bc in (64, 80, 96, 112, 128, 144, 160, 176, 192))
+ACCUMULATORS = {2: 216, 3: 136, 4: 80}  # registers a thread has for S, P and O, by warpgroups
+TILES = (
+    *(Tile(Br, Bc) for Br in (128, 192) for Bc in (64, 80, 96, 112, 128, 144, 160, 176, 192)), Tile(256, 64),
+)  # fmt: skip
 
 
 class Shape(ctypes.Structure):
@@ -77,8 +79,8 @@ def fit(problem, tile, device):
     if device.capability[0] != 9:
         major, minor = device.capability
         raise Unsupported(f"fwd_v3 needs a Hopper GPU (sm_90), this is sm_{major}{minor}: fwd_v2 runs here")
-    if tile.Br not in (128, 192) or tile.Bc % 16 or tile.Bc > MOST_KEYS:
-        raise Infeasible(tile, f"fwd_v3 takes 128 or 192 rows and a multiple of 16 keys up to {MOST_KEYS}")
+    if tile.Br not in (128, 192, 256) or tile.Bc % 16 or tile.Bc > MOST_KEYS:
+        raise Infeasible(tile, f"fwd_v3 takes 128, 192 or 256 rows and a multiple of 16 keys up to {MOST_KEYS}")
     switches = chosen(problem, tile, device)
     if (need := shared_bytes(problem.d, tile, switches.stages, switches.o_apart)) > device.shared:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")

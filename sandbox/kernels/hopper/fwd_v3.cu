@@ -20,8 +20,8 @@ constexpr int d = HEAD_DIM, Bc = TILE_BC, Br = 64 * WARPGROUPS, PANELS = (d + 63
 constexpr int Q_BYTES = 64 * PANELS * 128, KV_PANEL = Bc * 128, KV_BYTES = PANELS * KV_PANEL;
 constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps, each of which releases a stage
 constexpr int THREADS = 128 * (WARPGROUPS + 1), LAUNCHED = 65536 / THREADS / 8 * 8;  // registers a thread starts with
-constexpr int TAKEN = WARPGROUPS == 3 ? 160 : d <= 64 ? 232 : 240;                       // registers a consumer has,
-constexpr int GIVEN = WARPGROUPS == 3 ? 32 : d <= 64 ? 40 : 24;                          // and a producer keeps
+constexpr int TAKEN = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : d <= 64 ? 232 : 240;  // registers a consumer has,
+constexpr int GIVEN = WARPGROUPS >= 3 ? 32 : d <= 64 ? 40 : 24;                             // and a producer keeps
 static_assert(GIVEN + WARPGROUPS * TAKEN <= (WARPGROUPS + 1) * LAUNCHED, "more would wait for ever");
 static_assert(O_APART || STAGES * Bc >= Br, "O has no room among the tiles of V");
 
@@ -42,6 +42,7 @@ DEVICE void bring_Q(Shared &s, const TensorMap &map) {
     u32 parity = 1;  // the first Q waits for nobody
     Next next{&s.slot, s.told};
     for (Work w; next.hear(w, 1);) {
+        next.heard();
         if (w.first == w.end) continue;
 #pragma unroll 1
         for (int g = 0; g < WARPGROUPS; ++g) {
@@ -57,12 +58,15 @@ DEVICE void bring_Q(Shared &s, const TensorMap &map) {
 }
 
 // K or V, from the last block to the first.
+//
+// The next row block is drawn when K of this one has been asked for: late enough to go to whoever is free, early enough.
 template <bool IS_V>
 DEVICE void bring(Shared &s, unsigned char (&tiles)[STAGES][KV_BYTES], u64 *barriers, const TensorMap &map) {
     Ring<STAGES> ring(barriers);
     Next next{&s.slot, s.told};
     u32 O_parity = 1;
     for (Work w; next.hear(w, 1);) {
+        if (IS_V) next.heard();
         if (IS_V && !O_APART) barrier_wait(shared_address(s.O_left), O_parity), O_parity ^= 1;
 #pragma unroll 1
         for (int j = w.end - 1; j >= w.first; --j) {
@@ -74,6 +78,7 @@ DEVICE void bring(Shared &s, unsigned char (&tiles)[STAGES][KV_BYTES], u64 *barr
                 copy_in(tile + p * KV_PANEL, map, ring.full(), 64 * p, j * Bc, w.kv_head, w.batch, EVICT_LAST);
             ring.next();
         }
+        if (!IS_V) next.heard();
     }
 }
 
@@ -105,6 +110,7 @@ struct Consumer {
     DEVICE void run() {
         Next next{&s.slot, s.told};
         while (next.hear(w)) {
+            next.heard();
             row = w.i0 + 64 * warpgroup + 16 * warp + lane / 4;
             softmax = Softmax<LAZY>();
 #pragma unroll

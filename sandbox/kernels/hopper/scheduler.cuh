@@ -48,7 +48,7 @@ struct Order {
     }
 };
 
-// A warp of its own hands out the row blocks, one ahead, to all the others of its thread block.
+// A warp of its own hands out the row blocks to all the others of its thread block, when all have heard the one before.
 //
 //     Dynamic  whoever is free takes the next ticket of a counter, which the last one puts back to 0
 //     else     every thread block takes each gridDim.x-th
@@ -62,9 +62,11 @@ struct Next {
         work = {uniform(lanes, slot->i0), uniform(lanes, slot->head), uniform(lanes, slot->kv_head),
                 uniform(lanes, slot->batch), uniform(lanes, slot->first), uniform(lanes, slot->end)};
         __syncwarp(lanes);
-        told.release(), told.next();
         return work.end >= 0;
     }
+
+    // The slot may have the row block after it.
+    DEVICE void heard() { told.release(), told.next(); }
 };
 
 template <bool Dynamic, class Order>
