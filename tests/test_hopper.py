@@ -231,10 +231,10 @@ def nvdisasm() -> str | None:
 
 @pytest.mark.parametrize("scored", [False, True], ids=["plain", "scored"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
-def test_keeps_its_registers(d, causal, scored):
+@pytest.mark.parametrize("d, N", [(64, 1024), (64, 16384), (96, 4096), (128, 4096), (192, 4096), (256, 4096)])
+def test_keeps_its_registers(d, N, causal, scored):
     """Spills, a stack, serialised products and an ignored setmaxnreg are errors of nvrtc.compile."""
-    problem = Problem(1, 1, 1, 4096, 4096, d, "bf16", mask=Mask(causal))
+    problem = Problem(1, 1, 1, N, N, d, "bf16", mask=Mask(causal))
     tile = choose_tile(problem, HOPPER, VARIANT)
     launch = fwd_v3.made(problem, tile, fwd_v3.chosen(problem, tile, HOPPER))[scored]
     assert launch.binary().report.registers == 65_536 // launch.threads // 8 * 8
@@ -250,6 +250,21 @@ def test_is_made_of_hoppers_own_instructions(dtype, tmp_path):
     products = [line for line in text.splitlines() if "HGMMA" in line]
     assert any(f"HGMMA.64x{tile.Bc}x16.F32" in line for line in products)  # S = Q Kᵀ
     assert any("HGMMA.64x128x16.F32" in line and "tnspB" in line for line in products)  # O += P V, P in registers
+
+
+@pytest.mark.skipif(nvdisasm() is None, reason="no nvdisasm on this machine")
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("d, N", [(64, 1024), (64, 16384), (128, 4096), (256, 4096)])
+def test_its_products_follow_one_another(d, N, causal, tmp_path):
+    """Descriptors stay in uniform registers: a move into one (R2UR) before each product made the kernel 10 % slower."""
+    problem = Problem(1, 1, 1, N, N, d, "bf16", mask=Mask(causal))
+    tile = choose_tile(problem, HOPPER, VARIANT)
+    launch = fwd_v3.made(problem, tile, fwd_v3.chosen(problem, tile, HOPPER))[0]
+    lines = [line for line in disassembled(launch.binary().cubin, tmp_path).splitlines() if "/*" in line]
+    products = [n for n, line in enumerate(lines) if "HGMMA" in line]
+    between = [lines[a:b] for a, b in zip(products, products[1:]) if b - a < 20]
+    moved = sum(any("R2UR" in line for line in some) for some in between)
+    assert len(between) > 20 and moved <= len(between) // 10, f"{moved} of {len(between)}"
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

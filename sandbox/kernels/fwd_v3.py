@@ -63,10 +63,11 @@ class Switches:
 
 
 def chosen(problem, tile, device) -> Switches:
-    """The switches that are used: as many stages as fit, up to four, and before them a tile for O."""
-    choices = [Switches(stages, apart) for apart in (True, False) for stages in (4, 3, 2)]
+    """The switches that are used: a tile for O and up to four stages, as they fit; turns where the softmax is dear."""
+    turns = padded(problem.d) <= 64  # beyond, they cost more than they bring
+    choices = [Switches(stages, apart, ping_pong=turns) for apart in (True, False) for stages in (4, 3, 2)]
     fits = (s for s in choices if shared_bytes(problem.d, tile, s.stages, s.o_apart) <= device.shared)
-    return next(fits, Switches())
+    return next(fits, choices[-1])
 
 
 def fit(problem, tile, device):
@@ -90,9 +91,12 @@ def fit(problem, tile, device):
 
 
 def usual(problem, device) -> Tile:
-    """FA3's tiles, where they fit our registers."""
+    """The fastest tile of sweeps on an H200, d 64, 128 and 256, N from 1k to 16k."""
     d = padded(problem.d)
-    tile = Tile(128, 80) if d > 192 else Tile(128, 112) if d > 128 else Tile(128, 128 if problem.mask.banded else 176)
+    if d <= 64:
+        tile = Tile(256, 64) if problem.N_k <= (4096 if problem.mask.banded else 2048) else Tile(192, 112)
+    else:
+        tile = Tile(128, 128) if d <= 128 else Tile(128, 112) if d <= 192 else Tile(128, 80)
     fit(problem, tile, device)
     return tile
 
