@@ -54,14 +54,14 @@ DEFECTS = {
     ),
     "O overwritten while it leaves": (CU, "if (O_APART && threadIdx.x % 128 == 0) copies_out_read();", "", None),
     "O never waited for": (
-        CU, f"    }}{NL}if (threadIdx.x % 128 == 0) copies_out_read();\n", "    }\n", "never waited for",
+        CU, f"rS);{NL}if (threadIdx.x % 128 == 0) copies_out_read();\n", "rS);\n", "never waited for",
     ),
     "Q given back while it is read": (CU, f"{S_WAIT}{NL}{K_FREE}{NL}{Q_FREE}", f"{Q_FREE}{NL}{S_WAIT}{K_FREE}", None),
     "O seen by nobody": (CU, "async_fence();", "", None),
     "Q of the next rows too early": (
         CU, "barrier_wait(empty, parity);", "", None,
     ),
-    "Q's phase forgotten": (CU, f"Q_parity), Q_parity ^= 1;{NL}int j", f"Q_parity);{NL}int j", None),
+    "Q's phase forgotten": (CU, "Q_parity), Q_parity ^= 1, K.wait();", "Q_parity), K.wait();", None),
     "a turn that is never passed": (CU, f"weigh();{NL}turn.pass();", "weigh();", "named barrier"),
     "a stage that is never released": (CU, f"{V_FREE}{NL}take_P", f"V.next();{NL}take_P", "nobody can go on"),
     "a stage released too often": (
@@ -80,7 +80,8 @@ DEFECTS = {
     ),
     "a row block replaced while it is read": (SCHEDULER, "next.told.acquire();", "", None),
     "a counter that is not put back": (SCHEDULER, "*counter = 0", "", "counter was left at"),
-    "a product never waited for": (CU, f"weigh();{NL}{O_WAIT}", "weigh();", "never waited for"),
+    "a product never waited for": (CU, f"        products_wait<0>(rS);\n        if (threadIdx", "        if (threadIdx", "never waited for"),
+    "O finished while it is computed": (CU, f"    products_wait<1>(rO);{NL}    V.release", f"    V.release", None),
 }  # fmt: skip
 APART = ("O overwritten while it leaves", "O never waited for", "Q given back while it is read")  # O has its own tile
 

@@ -71,10 +71,9 @@ def walk_q_outer(w):
 def walk_v3(w):
     for _ in range(w.p.B * w.p.H):
         for rows in w.row_blocks:
+            w.load(rows, "Q")
             seen = [keys for keys in w.key_blocks if w.touches(rows, keys)]
-            if seen:
-                w.load(rows, "Q")
-            for keys in seen:
+            for keys in seen or w.key_blocks[:1] or [(0, 1)]:
                 w.load(keys, "K", "V")
             w.store(rows, "O", "LSE")
 

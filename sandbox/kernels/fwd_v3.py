@@ -121,8 +121,8 @@ def build(problem, tile, device):
         B, N_q, H, d = Q.shape
         if O.numel() == 0:
             return
-        if problem.N_k == 0:
-            K = V = Q  # there is no map of an empty tensor, and none is needed
+        if problem.N_k == 0:  # there is no map of an empty tensor: one key that the mask hides
+            K = V = Q.new_zeros(B, 1, problem.H_kv, d)
         lo, hi = problem.mask.band(N_q, problem.N_k)
         section = problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d))
         shape = Shape(N_q, problem.N_k, H, problem.group, lo, hi, B * H, section, problem.scale, problem.softcap)

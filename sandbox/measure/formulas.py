@@ -32,6 +32,7 @@ class Walk:
     K_rows        sum over row blocks i of the keys in the tiles that i touches
     Q_rows        sum over key blocks j of the rows in the tiles that j touches
     blind_rows    rows in row blocks that touch no tile at all
+    blind         such row blocks
     K_seen        keys in key blocks that at least one row block touches
     """
 
@@ -40,22 +41,24 @@ class Walk:
     K_rows: int
     Q_rows: int
     blind_rows: int
+    blind: int
     K_seen: int
 
 
 def walk(p: Problem, tile: Tile) -> Walk:
     Br, Bc, N_q, N_k = tile.Br, tile.Bc, p.N_q, p.N_k
     Tr, Tc = -(-N_q // Br), -(-N_k // Bc)
-    K_rows = Q_rows = blind_rows = K_seen = 0
+    K_rows = Q_rows = blind_rows = blind = K_seen = 0
     for i in range(Tr):
         blocks = p.mask.key_blocks(i * Br, Br, Bc, N_q, N_k)
         K_rows += min(blocks.stop * Bc, N_k) - blocks.start * Bc if blocks else 0
         blind_rows += 0 if blocks else min(Br, N_q - i * Br)
+        blind += not blocks
     for j in range(Tc):
         blocks = p.mask.query_blocks(j * Bc, Br, Bc, N_q, N_k)
         Q_rows += min(blocks.stop * Br, N_q) - blocks.start * Br if blocks else 0
         K_seen += min(Bc, N_k - j * Bc) if blocks else 0
-    return Walk(Tr, Tc, K_rows, Q_rows, blind_rows, K_seen)
+    return Walk(Tr, Tc, K_rows, Q_rows, blind_rows, blind, K_seen)
 
 
 # ---- forward: (reads, writes) of the whole launch ------------------------------------------------------------------
@@ -70,9 +73,10 @@ def fwd_q_outer(p: Problem, tile: Tile):
 
 
 def fwd_v3(p: Problem, tile: Tile):
-    """As fwd_q_outer, but a row block that sees nothing does not load its Q."""
+    """As fwd_q_outer, but a row block that sees nothing takes one key block all the same; with no key at all, a row."""
     reads, writes = fwd_q_outer(p, tile)
-    return reads | {"Q": p.B * p.H * (p.N_q - walk(p, tile).blind_rows) * p.d}, writes
+    more = p.B * p.H * walk(p, tile).blind * min(tile.Bc, max(1, p.N_k)) * p.d
+    return reads | {"K": reads["K"] + more, "V": reads["V"] + more}, writes
 
 
 def fwd_v1(p: Problem, tile: Tile):

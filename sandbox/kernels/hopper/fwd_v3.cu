@@ -43,7 +43,6 @@ DEVICE void bring_Q(Shared &s, const TensorMap &map) {
     Next next{&s.slot, s.told};
     for (Work w; next.hear(w, 1);) {
         next.heard();
-        if (w.first == w.end) continue;
 #pragma unroll 1
         for (int g = 0; g < WARPGROUPS; ++g) {
             const u32 tile = shared_address(s.sQ[g]), full = shared_address(s.Q + g), empty = full + 8 * WARPGROUPS;
@@ -109,33 +108,49 @@ struct Consumer {
 
     DEVICE void run() {
         Next next{&s.slot, s.told};
-        while (next.hear(w)) {
-            next.heard();
-            row = w.i0 + 64 * warpgroup + 16 * warp + lane / 4;
+        bool more = hear(next);
+        begin(more);
+        while (more) {
             softmax = Softmax<LAZY>();
 #pragma unroll
             for (int e = 0; e < d / 2; ++e) rO[e] = 0.f;
-            if (w.first < w.end) attend();
-            finish();
+            attend();
+            const Work done = w;
+            more = hear(next);
+            begin(more);  // O is finished under the next rows' first product
+            products_wait<1>(rO);
+            V.release(), V.next();
+            finish(done);
         }
+        products_wait<0>(rS);
         if (threadIdx.x % 128 == 0) copies_out_read();
+    }
+
+    DEVICE bool hear(Next &next) {
+        const bool more = next.hear(w);
+        next.heard();
+        row = w.i0 + 64 * warpgroup + 16 * warp + lane / 4;
+        return more;
+    }
+
+    // S of the first block has no softmax to run under.  After the last row block it is of whatever lies there.
+    DEVICE void begin(bool more) {
+        if (more) barrier_wait(shared_address(s.Q + warpgroup), Q_parity), Q_parity ^= 1, K.wait();
+        scores();
     }
 
     // The key blocks from last to first: those that the mask cuts, then whole ones, then, in a window, cut ones again.
     DEVICE void attend() {
-        barrier_wait(shared_address(s.Q + warpgroup), Q_parity), Q_parity ^= 1;
         int j = w.end - 1;
         first(j--);
         for (; j >= w.first && !whole(j); --j) step<true>(j);
         for (; j >= w.first && whole(j); --j) step<false>(j);
         for (; j >= w.first; --j) step<true>(j);
-        last();
+        V.wait();
+        weigh();
     }
 
-    // S of the first block has nothing to run under.
     DEVICE void first(int j) {
-        K.wait();
-        scores();
         products_wait<0>(rS);
         K.release(), K.next();
         if (j == w.first) leave_Q();
@@ -163,13 +178,6 @@ struct Consumer {
         products_wait<0>(rO);  // not before the softmax: ptxas would move it there, but for the branch
         V.release(), V.next();
         take_P();
-    }
-
-    DEVICE void last() {
-        V.wait();
-        weigh();
-        products_wait<0>(rO);
-        V.release(), V.next();
     }
 
     // The last product with Q is done: the next one may come.
@@ -229,18 +237,21 @@ struct Consumer {
     }
 
     // O = diag(l)⁻¹ O, LSE = m + log l
-    DEVICE void finish() {
+    DEVICE void finish(const Work &w) {
         float inverse[2];
+        bool seen[2];
 #pragma unroll
         for (int a = 0; a < 2; ++a) {
             const float l = softmax.total(a);
-            inverse[a] = l != 0.f ? 1.f / l : 0.f;  // 0: the row sees nothing
-            const int i = row + 8 * a;
+            inverse[a] = 1.f / l;
+            seen[a] = l != 0.f;
+            const int i = w.i0 + 64 * warpgroup + 16 * warp + lane / 4 + 8 * a;
             if (lane % 4 == 0 && i < shape.N_q)
                 store(LSE + (static_cast<long long>(w.batch) * shape.H + w.head) * shape.N_q + i,
-                      l != 0.f ? softmax.m[a] * (unit * 0.6931471805599453f) + logf(l) : NEG_INF);
+                      seen[a] ? softmax.m[a] * (unit * 0.6931471805599453f) + logf(l) : NEG_INF);
         }
-        scale_rows(rO, inverse);
+#pragma unroll
+        for (int e = 0; e < d / 2; ++e) rO[e] = seen[row_of(e)] ? rO[e] * inverse[row_of(e)] : 0.f;
 
         const u32 name = FIRST_NAME + warpgroup;
         const u32 sO = shared_address(O_APART ? s.sO[warpgroup] : &s.sV[0][0] + warpgroup * Q_BYTES);

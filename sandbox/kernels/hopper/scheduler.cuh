@@ -43,7 +43,7 @@ struct Order {
             first = max(first, i0 + shape.lo);
             end = min(end, min(i0 + Br, shape.N_q) + shape.hi);
         }
-        if (first >= end) first = end = 0;
+        if (first >= end) first = 0, end = 1;  // rows that see nothing: one block, of which the mask leaves nothing
         return {i0, head, head / shape.group, bh / shape.H, first / Bc, (end + Bc - 1) / Bc};
     }
 };
