@@ -80,8 +80,10 @@ DEFECTS = {
     ),
     "a row block replaced while it is read": (SCHEDULER, "next.told.acquire();", "", None),
     "a counter that is not put back": (SCHEDULER, "*counter = 0", "", "counter was left at"),
-    "a product never waited for": (CU, f"        products_wait<0>(rS);\n        if (threadIdx", "        if (threadIdx", "never waited for"),
-    "O finished while it is computed": (CU, f"    products_wait<1>(rO);{NL}    V.release", f"    V.release", None),
+    "a product never waited for": (
+        CU, "        products_wait<0>(rS);\n        if (threadIdx", "        if (threadIdx", "never waited for",
+    ),
+    "O finished while it is computed": (CU, f"    products_wait<1>(rO);{NL}    V.release", "    V.release", None),
 }  # fmt: skip
 APART = ("O overwritten while it leaves", "O never waited for", "Q given back while it is read")  # O has its own tile
 

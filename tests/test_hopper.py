@@ -123,27 +123,23 @@ SWITCHED = [
 @runs
 @pytest.mark.parametrize("switches", SWITCHED, ids=str)
 @pytest.mark.parametrize("N_q", [100, 290])
-def test_exact_with_a_switch_turned(switches, N_q, monkeypatch):
-    chosen = fwd_v3.chosen
-    monkeypatch.setattr(fwd_v3, "chosen", lambda *a: replace(chosen(*a), **switches))
+def test_exact_with_a_switch_turned(switches, N_q):
     problem = Problem(1, 2, 1, N_q, 260, 64, "fp16", mask=Mask(True))
-    variant = replace(VARIANT, name=f"fwd_v3 {switches}")
-    verdict = gate.check(variant, problem, TILE, gate.gaussian(problem, 0, target.torch_device()), target.device())
+    verdict = gate.check(
+        fwd_v3.turned(**switches), problem, TILE, gate.gaussian(problem, 0, target.torch_device()), target.device()
+    )
     assert verdict.passed, verdict.why
 
 
 @runs
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("slope", [-0.5, -0.02, 0.02, 0.5])
-def test_maxima_that_move_with_the_keys(lazy, slope, monkeypatch):
+def test_maxima_that_move_with_the_keys(lazy, slope):
     """Scores rise or fall by `slope` a key: too little for a lazy maximum to follow each block, or enough."""
-    chosen = fwd_v3.chosen
-    monkeypatch.setattr(fwd_v3, "chosen", lambda *a: replace(chosen(*a), lazy=lazy))
     problem = Problem(1, 2, 1, 100, 400, 64, "fp16")
     x = gate.gaussian(problem, 0, target.torch_device())
     x.q[..., 0], x.k[..., 0] = 8.0, slope * torch.arange(400.0)[:, None]
-    variant = replace(VARIANT, name=f"fwd_v3 lazy {lazy}")
-    verdict = gate.check(variant, problem, TILE, x, target.device())
+    verdict = gate.check(fwd_v3.turned(lazy=lazy), problem, TILE, x, target.device())
     assert verdict.passed, verdict.why
 
 
@@ -264,7 +260,7 @@ def test_its_products_follow_one_another(d, N, causal, tmp_path):
     products = [n for n, line in enumerate(lines) if "HGMMA" in line]
     between = [lines[a:b] for a, b in zip(products, products[1:]) if b - a < 20]
     moved = sum(any("R2UR" in line for line in some) for some in between)
-    assert len(between) > 20 and moved <= len(between) // 10, f"{moved} of {len(between)}"
+    assert len(between) > 20 and moved <= len(between) // 5, f"{moved} of {len(between)}"
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ the next tile's Q Kᵀ is under way (overlap).  Here stand its tiles, its switch
 """
 
 import ctypes
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..device.hopper import Counter, HopperLaunch, Output, Panels, addressable
@@ -70,7 +71,7 @@ def chosen(problem, tile, device) -> Switches:
     return next(fits, choices[-1])
 
 
-def fit(problem, tile, device):
+def fit(problem, tile, device, **turned):
     if problem.dtype == "fp32":
         raise Unsupported("fwd_v3 takes fp16 and bf16, not fp32: fwd_v2 takes fp32")
     if problem.mask.boolean:
@@ -82,12 +83,14 @@ def fit(problem, tile, device):
         raise Unsupported(f"fwd_v3 needs a Hopper GPU (sm_90), this is sm_{major}{minor}: fwd_v2 runs here")
     if tile.Br not in (128, 192, 256) or tile.Bc % 16 or tile.Bc > MOST_KEYS:
         raise Infeasible(tile, f"fwd_v3 takes 128, 192 or 256 rows and a multiple of 16 keys up to {MOST_KEYS}")
-    switches = chosen(problem, tile, device)
+    switches = replace(chosen(problem, tile, device), **turned)
     if (need := shared_bytes(problem.d, tile, switches.stages, switches.o_apart)) > device.shared:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
     warpgroups = tile.Br // WARPGROUP_ROWS
     if (need := 3 * tile.Bc // 4 + padded(problem.d) // 2) > ACCUMULATORS[warpgroups]:
         raise Infeasible(tile, f"needs {need} registers a thread for S, P and O, there are {ACCUMULATORS[warpgroups]}")
+    if not switches.o_apart and switches.stages * tile.Bc < tile.Br:
+        raise Infeasible(tile, f"O leaves through V's tiles, which hold {switches.stages * tile.Bc} rows")
 
 
 def usual(problem, device) -> Tile:
@@ -113,8 +116,8 @@ def made(problem, tile, switches: Switches):
     return [HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}) for scored in (0, 1)]
 
 
-def build(problem, tile, device):
-    switches = chosen(problem, tile, device)
+def build(problem, tile, device, **turned):
+    switches = replace(chosen(problem, tile, device), **turned)
     plain, scored = made(problem, tile, switches)
 
     def launch(problem, Q, K, V, mask, O, LSE):
@@ -155,3 +158,9 @@ VARIANT = Variant(
     pace=1e-8,
     default=True,
 )
+
+
+def turned(**switches) -> Variant:
+    """The same kernel with these switches, and else as `chosen`: an ablation."""
+    name = " ".join(["fwd_v3", *(f"{switch}={value}" for switch, value in switches.items())])
+    return replace(VARIANT, name=name, default=False, fit=partial(fit, **switches), build=partial(build, **switches))
