@@ -1,8 +1,9 @@
-// FlashAttention-3, forward, for Hopper: a producer warp and two or three warpgroups that multiply.
+// FlashAttention-3, forward, for Hopper: four producer warps, and two to four warpgroups that multiply.
 // [FA3, 2407.08608, Algorithms 1 and 2]
 //
-// One block a multiprocessor walks through row blocks (persistent).  The producer asks the copy engine for Q, K and V
-// tiles, always STAGES ahead; each consumer warpgroup owns 64 rows.  Its ideas, each a switch:
+// One thread block a multiprocessor walks through row blocks (persistent).  Of the producer warps one hands out row
+// blocks, the others ask the copy engine for tiles of Q, K and V, STAGES ahead; each consumer warpgroup owns 64 rows.
+// Its ideas, each a switch:
 //
 //     PING_PONG  while one warpgroup multiplies, another takes its softmax  (§3.1)
 //     OVERLAP    Q Kᵀ of the next block runs under the softmax of this one  (§3.2)
@@ -16,7 +17,8 @@
 #include "softmax.cuh"
 #include "wgmma.cuh"
 
-constexpr int d = HEAD_DIM, Bc = TILE_BC, Br = 64 * WARPGROUPS, PANELS = (d + 63) / 64;  // a panel: 64 columns of a tile, 128 bytes wide
+constexpr int d = HEAD_DIM, Bc = TILE_BC, Br = 64 * WARPGROUPS;
+constexpr int PANELS = (d + 63) / 64;  // of a tile: 64 columns, 128 bytes wide
 constexpr int Q_BYTES = 64 * PANELS * 128, KV_PANEL = Bc * 128, KV_BYTES = PANELS * KV_PANEL;
 constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps, each of which releases a stage
 constexpr int THREADS = 128 * (WARPGROUPS + 1), LAUNCHED = 65536 / THREADS / 8 * 8;  // registers a thread starts with
@@ -24,7 +26,6 @@ constexpr int TAKEN = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : d <= 64 ? 
 constexpr int GIVEN = WARPGROUPS >= 3 ? 32 : d <= 64 ? 40 : 24;                             // and a producer keeps
 static_assert(GIVEN + WARPGROUPS * TAKEN <= (WARPGROUPS + 1) * LAUNCHED, "more would wait for ever");
 static_assert(O_APART || STAGES * Bc >= Br, "O has no room among the tiles of V");
-
 
 struct Shared {
     alignas(1024) unsigned char sQ[WARPGROUPS][Q_BYTES];  // [64, d] each
