@@ -1,8 +1,8 @@
 """FlashAttention-3, forward, for Hopper: copies, products and softmax run at the same time.  [FA3, 2407.08608, §3]
 
-The kernel is hopper/fwd_v3.cu: a producer warp feeds a ring of K and V tiles by the tensor copy engine (TMA), two or
-three warpgroups multiply on the tensor cores (wgmma), taking turns (ping-pong) and computing a tile's softmax while
-the next tile's Q Kᵀ is under way (overlap).  Here stand its tiles, its switches, its grid and its arguments.
+The kernel is hopper/fwd_v3.cu: producer warps feed rings of K and V tiles by the tensor copy engine (TMA), two to four
+warpgroups multiply on the tensor cores (wgmma), taking turns (ping-pong) and computing a tile's softmax while the next
+tile's Q Kᵀ is under way (overlap).  Here stand its tiles, its switches, its grid and its arguments.
 """
 
 import ctypes
@@ -148,7 +148,7 @@ VARIANT = Variant(
     generation="v3",
     loop_order="q_outer",
     parent="fwd_v2",
-    delta="for Hopper's tensor cores: copies, products and softmax overlap, by a producer warp, turns and a pipeline",
+    delta="for Hopper's tensor cores: copies, products and softmax overlap, by producer warps, turns and a pipeline",
     dtypes=("fp16", "bf16"),
     fit=fit,
     build=build,
