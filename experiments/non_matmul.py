@@ -18,7 +18,7 @@ import click
 import numpy as np
 
 from sandbox import algorithms, catalog, picture, target
-from sandbox.measure import bench, operations
+from sandbox.measure import bench, gate, operations
 from sandbox.problem import Problem
 from sandbox.variant import Device, Tile
 
@@ -79,7 +79,9 @@ def measure(point: common.Point) -> dict:
     row |= common.measure(point)
     if row["seconds"]:  # one may be slower because fewer of its blocks fit, and not by its arithmetic
         x = inputs.make(point.input, p, point.seed)
-        made = bench.made(catalog.find(point.variant), p, tile, x, target.device())
+        device = target.device()
+        run, _ = gate.prepare(catalog.find(point.variant), p, tile, x, device)
+        made = bench.made(run, device)
         row |= {name: made[name] for name in BUILT}
     return row
 

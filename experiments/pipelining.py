@@ -92,8 +92,9 @@ def candidates(problem: Problem, device: Device) -> list[tuple[str, Tile, Switch
     for build, turned in BUILDS.items():
         for tile in tiles:
             for apart in (False, True):
-                fits = (n for n in MOST_STAGES if fwd_v3.shared_bytes(problem.d, tile, n, apart) <= device.shared)
-                found.append((build, tile, replace(Switches(next(fits, MOST_STAGES[-1]), apart), **turned)))
+                staged = [Switches(n, apart) for n in MOST_STAGES]
+                fits = (s for s in staged if fwd_v3.shared_bytes(problem.d, tile, s) <= device.shared)
+                found.append((build, tile, replace(next(fits, staged[-1]), **turned)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
@@ -184,6 +185,15 @@ def test_non_matmul_counts_flops_and_accesses(tmp_path, capfd):
         assert all(common.agrees(row) for row in kernels.values())
         assert "in each pair as many accesses, counted: what changes is arithmetic alone" in said
         assert "only a GPU can say" in said and "9. holds" in said and "not measurable here" in said
+
+
+def test_non_matmul_says_what_a_timed_kernel_was_built_as(monkeypatch):
+    made = create_autospec(bench.made, return_value={"registers": 96, "blocks_per_sm": 2, "spills": 0})
+    monkeypatch.setattr(bench, "made", made)
+    monkeypatch.setattr(common, "measure", lambda point: common.empty_row() | {"gate": "passed", "seconds": 1e-3})
+    point = common.point(catalog.find("fwd_v2"), Problem(1, 1, 1, 8, 8, 4), Tile(8, 8), target.device(), input="gauss")
+    row = non_matmul.measure(point)
+    assert (row["registers"], row["blocks_per_sm"]) == (96, 2)
 
 
 def gpu_rows(module, seconds, **options):

@@ -32,15 +32,15 @@ TILE = Tile(128, 64)
 CU, RING, PRODUCTS, SOFTMAX = "fwd_v3.cu", "pipeline.cuh", "wgmma.cuh", "softmax.cuh"
 SCHEDULER = "scheduler.cuh"
 S_WAIT, O_WAIT = "products_wait<OVERLAP ? 1 : 0>(rS);", "products_wait<0>(rO);"
-K_FREE, V_FREE = "K.release(), K.next();", "V.release(), V.next();"
-Q_FREE = "if (j == w.first) leave_Q();"
+K_FREE, V_FREE = "release_K(j);", "V.release(), V.next();"
+IN_SOFTMAX, Q_FREE = "trace.enter(SOFTMAX);", "if (j == w.first) Q.release(), Q.next();"
 NL = "\n        "  # between two statements of a member function
 
 # file, lines as they are, as they should not be, what the emulator says (None: the numbers are wrong)
 DEFECTS = {
-    "K read before it is there": (CU, f"K.wait();{NL}turn.wait();", "turn.wait();", None),
+    "K read before it is there": (CU, "trace.enter(FOR_K), K.wait();\n        trace.enter(FOR_TURN)", "trace.enter(FOR_TURN)", None),
     "V read before it is there": (CU, f"V.wait();{NL}weigh();{NL}turn", f"weigh();{NL}turn", None),
-    "K released while it is read": (CU, f"{S_WAIT}{NL}{K_FREE}", f"{K_FREE}{NL}{S_WAIT}", None),
+    "K released while it is read": (CU, f"{S_WAIT}{NL}{IN_SOFTMAX}{NL}{K_FREE}", f"{K_FREE}{NL}{S_WAIT}", None),
     "S read while it is computed": (CU, S_WAIT, "products_wait<2>(rS);", None),
     "P overwritten while it is read": (
         CU, "settled(rS);", "take_P();", None,
@@ -56,12 +56,14 @@ DEFECTS = {
     "O never waited for": (
         CU, f"rS);{NL}if (threadIdx.x % 128 == 0) copies_out_read();\n", "rS);\n", "never waited for",
     ),
-    "Q given back while it is read": (CU, f"{S_WAIT}{NL}{K_FREE}{NL}{Q_FREE}", f"{Q_FREE}{NL}{S_WAIT}{K_FREE}", None),
+    "Q given back while it is read": (
+        CU, f"{S_WAIT}{NL}{IN_SOFTMAX}{NL}{K_FREE}", f"{Q_FREE}{NL}{S_WAIT}{NL}K.release(), K.next();", None,
+    ),
     "O seen by nobody": (CU, "async_fence();", "", None),
     "Q of the next rows too early": (
-        CU, "barrier_wait(empty, parity);", "", None,
+        CU, "ring.acquire();\n            ring.announce(Q_BYTES);", "ring.announce(Q_BYTES);", None,
     ),
-    "Q's phase forgotten": (CU, "Q_parity), Q_parity ^= 1, K.wait();", "Q_parity), K.wait();", None),
+    "Q's phase forgotten": (CU, "Q.release(), Q.next();", "Q.release();", None),
     "a turn that is never passed": (CU, f"weigh();{NL}turn.pass();", "weigh();", "named barrier"),
     "a stage that is never released": (CU, f"{V_FREE}{NL}take_P", f"V.next();{NL}take_P", "nobody can go on"),
     "a stage released too often": (
@@ -83,7 +85,7 @@ DEFECTS = {
     "a product never waited for": (
         CU, "        products_wait<0>(rS);\n        if (threadIdx", "        if (threadIdx", "never waited for",
     ),
-    "O finished while it is computed": (CU, f"    products_wait<1>(rO);{NL}    V.release", "    V.release", None),
+    "O finished while it is computed": (CU, "products_wait<EARLY ? 1 : 0>(rO);", "", None),
 }  # fmt: skip
 APART = ("O overwritten while it leaves", "O never waited for", "Q given back while it is read")  # O has its own tile
 

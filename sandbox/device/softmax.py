@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import cuda
 
-from .scalar import LOG2_E, NEG_INF, ZERO, device_function, exp2
+from .scalar import NEG_INF, ZERO, device_function, exp
 from .tiles import Threads
 
 ALL_LANES = 0xFFFFFFFF
@@ -39,7 +39,8 @@ class Softmax:
             """S becomes P̃ = exp(S - m); m and l go on; alpha = exp(m_old - m_new) is what older sums are worth now.
 
             l is this lane's part of the row's sum: `row_sum` gives the whole.  A row that has seen nothing keeps
-            m = -inf, P̃ = 0, l = 0.  exp(x - m) is 2^(x·log2 e - m·log2 e): one fused multiply-add and one ex2.
+            m = -inf, P̃ = 0, l = 0.  The difference is taken first: as the multiply-add x·log2 e - (m·log2 e), which is one
+            instruction less, both P̃ and alpha would be off by |m|·2^-24, another factor for every m.
             """
             for a in range(RA):
                 m = rm[a]
@@ -47,11 +48,10 @@ class Softmax:
                     m = max(m, rS[a, b])
                 m = row_max(m)
                 shift = m if m != NEG_INF else ZERO
-                alpha = exp2((rm[a] - shift) * LOG2_E)  # exactly 1 where m stays: as a multiply-add it would drift
-                shift *= LOG2_E
+                alpha = exp(rm[a] - shift)
                 l = ZERO
                 for b in range(RB):
-                    rS[a, b] = exp2(rS[a, b] * LOG2_E - shift)
+                    rS[a, b] = exp(rS[a, b] - shift)
                     l += rS[a, b]
                 rm[a] = m
                 rl[a] = alpha * rl[a] + l

@@ -103,6 +103,7 @@ struct Block {
     std::function<void()> body;
 };
 inline Block *block;
+inline u32 ticks;   // a clock of the order of things, not of time
 inline u64 stored;  // numbers to global memory, by `store`, since the launch began
 
 [[noreturn]] inline void fail(const std::string &what) {
@@ -441,6 +442,13 @@ template <int Registers>
 void give_registers() {}
 
 inline int uniform(u32, int x) { return x; }
+inline int first_lane(u32 lanes, const int &x) {
+    if (lanes != ~0u) return x;
+    return emulated::meet(emulated::warp(), 32, threadIdx.x % 32 == 0 ? x : 0)[0];
+}
+
+inline u32 cycles() { return ++emulated::ticks; }
+inline u32 nanoseconds() { return emulated::ticks; }
 
 template <int Size>
 void settled(float (&)[Size]) {}

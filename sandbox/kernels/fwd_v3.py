@@ -34,19 +34,21 @@ def padded(d: int) -> int:
     return -(-d // 16) * 16
 
 
-def shared_bytes(d: int, tile: Tile, stages: int, apart: bool) -> int:
-    """sQ and, where it is apart, sO [Br, d], `stages` of sK and sV [Bc, d], in panels of 64 columns; and 3,072 bytes
-    for barriers and to align them all."""
+def shared_bytes(d: int, tile: Tile, switches: "Switches") -> int:
+    """sQ and, where it is apart, sO [Br, d], sK and sV [Bc, d], in panels of 64 columns; and 3,072 bytes for barriers and
+    to align them all."""
     columns = -(-d // PANEL) * PANEL
-    return 2 * columns * ((1 + apart) * tile.Br + 2 * stages * tile.Bc) + 3072
+    rows = (switches.q_tiles + switches.o_apart) * tile.Br + 2 * switches.stages * tile.Bc
+    return 2 * columns * rows + 3072
 
 
 @dataclass(frozen=True)
 class Switches:
     """What can be turned, one by one: that is how the ablations are built.
 
-    stages      of K and of V that are on their way or in use
+    stages      tiles of K and of V that are on their way or in use
     o_apart     O has a tile of its own; else it leaves through V's, and the next V waits
+    q_tiles     of each warpgroup: with two the next row block's Q comes while this one's is in use
     ping_pong   while one warpgroup multiplies, another takes its softmax
     overlap     Q Kᵀ of the next block is under way during the softmax of this one
     dynamic     a block that is free takes the next row block; else each gridDim.x-th is its own
@@ -56,6 +58,7 @@ class Switches:
 
     stages: int = 2
     o_apart: bool = False
+    q_tiles: int = 1
     ping_pong: bool = True
     overlap: bool = True
     dynamic: bool = True
@@ -67,7 +70,7 @@ def chosen(problem, tile, device) -> Switches:
     """The switches that are used: a tile for O and up to four stages, as they fit; turns where the softmax is dear."""
     turns = padded(problem.d) <= 64  # beyond, they cost more than they bring
     choices = [Switches(stages, apart, ping_pong=turns) for apart in (True, False) for stages in (4, 3, 2)]
-    fits = (s for s in choices if shared_bytes(problem.d, tile, s.stages, s.o_apart) <= device.shared)
+    fits = (s for s in choices if shared_bytes(problem.d, tile, s) <= device.shared)
     return next(fits, choices[-1])
 
 
@@ -84,7 +87,7 @@ def fit(problem, tile, device, **turned):
     if tile.Br not in (128, 192, 256) or tile.Bc % 16 or tile.Bc > MOST_KEYS:
         raise Infeasible(tile, f"fwd_v3 takes 128, 192 or 256 rows and a multiple of 16 keys up to {MOST_KEYS}")
     switches = replace(chosen(problem, tile, device), **turned)
-    if (need := shared_bytes(problem.d, tile, switches.stages, switches.o_apart)) > device.shared:
+    if (need := shared_bytes(problem.d, tile, switches)) > device.shared:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
     warpgroups = tile.Br // WARPGROUP_ROWS
     if (need := 3 * tile.Bc // 4 + padded(problem.d) // 2) > ACCUMULATORS[warpgroups]:
@@ -104,21 +107,27 @@ def usual(problem, device) -> Tile:
     return tile
 
 
-def made(problem, tile, switches: Switches):
-    """[plain, scored]: the kernels of this kind of problem.  Scored: scores are scaled before the softmax."""
+def made(problem, tile, switches: Switches, marks: int = 0):
+    """[plain, scored]: the kernels of this kind of problem.  Scored: scores are scaled before the softmax.
+
+    marks  that each warpgroup leaves, at most (trace.cuh)
+    """
     on = {name.upper(): int(value) for name, value in asdict(switches).items() if name != "persistent"}
     defines = {
         "HEAD_DIM": padded(problem.d), "WARPGROUPS": tile.Br // WARPGROUP_ROWS, "TILE_BC": tile.Bc,
         "BF16": int(problem.dtype == "bf16"), "BANDED": int(problem.mask.banded), **on,
     }  # fmt: skip
+    if marks:
+        defines["TRACE"] = marks
     threads = 128 * (defines["WARPGROUPS"] + 1)
-    bytes = shared_bytes(problem.d, tile, switches.stages, switches.o_apart)
+    bytes = shared_bytes(problem.d, tile, switches)
     return [HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}) for scored in (0, 1)]
 
 
-def build(problem, tile, device, **turned):
+def build(problem, tile, device, marks=None, **turned):
+    """marks: None, or an int32 tensor [blocks, warpgroups, marks, 2] of zeros, which a traced build fills."""
     switches = replace(chosen(problem, tile, device), **turned)
-    plain, scored = made(problem, tile, switches)
+    plain, scored = made(problem, tile, switches, 0 if marks is None else marks.shape[2])
 
     def launch(problem, Q, K, V, mask, O, LSE):
         B, N_q, H, d = Q.shape
@@ -136,7 +145,8 @@ def build(problem, tile, device, **turned):
         run(
             blocks, Panels("Q", addressable(Q), WARPGROUP_ROWS),
             Panels("K", addressable(K), tile.Bc), Panels("V", addressable(V), tile.Bc),
-            Panels("O", O, WARPGROUP_ROWS), Output("LSE", LSE), Counter(), shape,
+            Panels("O", O, WARPGROUP_ROWS), Output("LSE", LSE), Counter(),
+            ctypes.c_void_p() if marks is None else Output("marks", marks), shape,
         )  # fmt: skip
 
     return launch

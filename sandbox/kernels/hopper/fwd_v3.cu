@@ -10,16 +10,19 @@
 //     DYNAMIC    a block that is free takes the next row block, and not each gridDim.x-th
 //     LAZY       O is rescaled only where the maximum has grown a lot
 //
-// Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES, BF16, BANDED (causal, window), SCORED (scaled before the
-// softmax), O_APART (O has a tile of its own; else it leaves through V's, and the next V waits), the switches.
+// Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES (of K and of V), Q_TILES (a warpgroup), BF16, BANDED (causal,
+// window), SCORED (scaled before the softmax), O_APART (O has a tile of its own; else it leaves through V's, and the next V
+// waits), the switches; TRACE (trace.cuh).
 #include "pipeline.cuh"
 #include "scheduler.cuh"
 #include "softmax.cuh"
+#include "trace.cuh"
 #include "wgmma.cuh"
 
 constexpr int d = HEAD_DIM, Bc = TILE_BC, Br = 64 * WARPGROUPS;
 constexpr int PANELS = (d + 63) / 64;  // of a tile: 64 columns, 128 bytes wide
 constexpr int Q_BYTES = 64 * PANELS * 128, KV_PANEL = Bc * 128, KV_BYTES = PANELS * KV_PANEL;
+constexpr bool EARLY = Q_TILES > 1;  // O is finished under the next row block's first product
 constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps, each of which releases a stage
 constexpr int THREADS = 128 * (WARPGROUPS + 1), LAUNCHED = 65536 / THREADS / 8 * 8;  // registers a thread starts with
 constexpr int TAKEN = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : d <= 64 ? 232 : 240;  // registers a consumer has,
@@ -28,11 +31,11 @@ static_assert(GIVEN + WARPGROUPS * TAKEN <= (WARPGROUPS + 1) * LAUNCHED, "more w
 static_assert(O_APART || STAGES * Bc >= Br, "O has no room among the tiles of V");
 
 struct Shared {
-    alignas(1024) unsigned char sQ[WARPGROUPS][Q_BYTES];  // [64, d] each
+    alignas(1024) unsigned char sQ[WARPGROUPS][Q_TILES][Q_BYTES];  // [64, d] each
     alignas(1024) unsigned char sO[O_APART ? WARPGROUPS : 1][O_APART ? Q_BYTES : 1024];
-    alignas(1024) unsigned char sK[STAGES][KV_BYTES];     // [Bc, d]
-    alignas(1024) unsigned char sV[STAGES][KV_BYTES];     // [Bc, d]
-    u64 Q[2 * WARPGROUPS], K[2 * STAGES], V[2 * STAGES], told[2], O_left[1];  // barriers
+    alignas(1024) unsigned char sK[STAGES][KV_BYTES];  // [Bc, d]
+    alignas(1024) unsigned char sV[STAGES][KV_BYTES];  // [Bc, d]
+    u64 Q[WARPGROUPS][2 * Q_TILES], K[2 * STAGES], V[2 * STAGES], told[2], O_left[1];  // barriers
     Work slot;
 };
 
@@ -40,20 +43,20 @@ struct Shared {
 
 // Four warps with a job each: none waits for what another waits for.
 DEVICE void bring_Q(Shared &s, const TensorMap &map) {
-    u32 parity = 1;  // the first Q waits for nobody
+    Ring<Q_TILES> ring(s.Q[0]);
     Next next{&s.slot, s.told};
-    for (Work w; next.hear(w, 1);) {
+    for (Work w; next.hear(w, 1); ring.next()) {
         next.heard();
 #pragma unroll 1
         for (int g = 0; g < WARPGROUPS; ++g) {
-            const u32 tile = shared_address(s.sQ[g]), full = shared_address(s.Q + g), empty = full + 8 * WARPGROUPS;
-            barrier_wait(empty, parity);
-            barrier_expect(full, Q_BYTES);
+            ring.barriers = shared_address(s.Q[g]);
+            ring.acquire();
+            ring.announce(Q_BYTES);
+            const u32 tile = shared_address(s.sQ[g][ring.stage]);
 #pragma unroll 1
             for (int p = 0; p < PANELS; ++p)
-                copy_in(tile + p * (64 * 128), map, full, 64 * p, w.i0 + 64 * g, w.head, w.batch, EVICT_FIRST);
+                copy_in(tile + p * (64 * 128), map, ring.full(), 64 * p, w.i0 + 64 * g, w.head, w.batch, EVICT_FIRST);
         }
-        parity ^= 1;
     }
 }
 
@@ -91,10 +94,10 @@ struct Consumer {
     float *LSE;
     const Shape &shape;
     const int warpgroup, warp, lane;
+    Ring<Q_TILES> Q{s.Q[warpgroup]};
     Ring<STAGES> K{s.K}, V{s.V};
     Turns<WARPGROUPS, PING_PONG> turn{warpgroup};
-    u32 Q_parity = 0;
-    u64 Q;            // descriptor of sQ
+    Trace trace;
     Work w;
     int row;          // of this thread's first row in the sequence; its second is 8 further
     float unit;       // of S, in powers of 2
@@ -103,9 +106,9 @@ struct Consumer {
     u32 rP[Bc / 4];    // P̃ in 16 bits, two to a register
     float rO[d / 2];   // O  [64, d]
 
-    DEVICE Consumer(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, int warpgroup)
+    DEVICE Consumer(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, u32 *marks, int warpgroup)
         : s(s), O(O), LSE(LSE), shape(shape), warpgroup(warpgroup), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32),
-          Q(by_columns(shared_address(s.sQ[warpgroup]))), unit((SCORED ? 1.f : shape.scale) * 1.4426950408889634f) {}
+          trace(marks, blockIdx.x * WARPGROUPS + warpgroup), unit((SCORED ? 1.f : shape.scale) * 1.4426950408889634f) {}
 
     DEVICE void run() {
         Next next{&s.slot, s.told};
@@ -117,17 +120,19 @@ struct Consumer {
             for (int e = 0; e < d / 2; ++e) rO[e] = 0.f;
             attend();
             const Work done = w;
-            more = hear(next);
-            begin(more);  // O is finished under the next rows' first product
-            products_wait<1>(rO);
+            if (EARLY) more = hear(next), begin(more);
+            trace.enter(FOR_O), products_wait<EARLY ? 1 : 0>(rO);
             V.release(), V.next();
             finish(done);
+            if (!EARLY) more = hear(next), begin(more);
         }
+        trace.leave();
         products_wait<0>(rS);
         if (threadIdx.x % 128 == 0) copies_out_read();
     }
 
     DEVICE bool hear(Next &next) {
+        trace.enter(FOR_WORK);
         const bool more = next.hear(w);
         next.heard();
         row = w.i0 + 64 * warpgroup + 16 * warp + lane / 4;
@@ -136,7 +141,10 @@ struct Consumer {
 
     // S of the first block has no softmax to run under.  After the last row block it is of whatever lies there.
     DEVICE void begin(bool more) {
-        if (more) barrier_wait(shared_address(s.Q + warpgroup), Q_parity), Q_parity ^= 1, K.wait();
+        if (more) {
+            trace.enter(FOR_Q), Q.wait();
+            trace.enter(FOR_K), K.wait();
+        }
         scores();
     }
 
@@ -147,14 +155,14 @@ struct Consumer {
         for (; j >= w.first && !whole(j); --j) step<true>(j);
         for (; j >= w.first && whole(j); --j) step<false>(j);
         for (; j >= w.first; --j) step<true>(j);
-        V.wait();
+        trace.enter(FOR_V), V.wait();
         weigh();
     }
 
     DEVICE void first(int j) {
-        products_wait<0>(rS);
-        K.release(), K.next();
-        if (j == w.first) leave_Q();
+        trace.enter(FOR_S), products_wait<0>(rS);
+        trace.enter(SOFTMAX);
+        release_K(j);
         mask(j);
         softmax.update(rS, unit);
         take_P();
@@ -163,43 +171,48 @@ struct Consumer {
     // S_j = Q K_jᵀ is under way while O += P̃ V of the block before begins; then the softmax of S_j runs under that.
     template <bool MASKED>
     DEVICE void step(int j) {
-        K.wait();
-        turn.wait();
+        trace.enter(FOR_K), K.wait();
+        trace.enter(FOR_TURN), turn.wait();
         scores();
-        V.wait();
+        trace.enter(FOR_V), V.wait();
         weigh();
         turn.pass();
-        products_wait<OVERLAP ? 1 : 0>(rS);
-        K.release(), K.next();
-        if (j == w.first) leave_Q();
+        trace.enter(FOR_S), products_wait<OVERLAP ? 1 : 0>(rS);
+        trace.enter(SOFTMAX);
+        release_K(j);
         if (MASKED) mask(j); else score();
         softmax.update(rS, unit);
         settled(rS);
+        trace.enter(FOR_O);
         if (softmax.changed()) products_wait<0>(rO), scale_rows(rO, softmax.alpha);
         products_wait<0>(rO);  // not before the softmax: ptxas would move it there, but for the branch
         V.release(), V.next();
         take_P();
     }
 
-    // The last product with Q is done: the next one may come.
-    DEVICE void leave_Q() {
-        if (lane == 0) barrier_arrive(shared_address(s.Q + WARPGROUPS + warpgroup));
+    // S_j is there.  If it was the last one, so that the next Q may come, too.
+    DEVICE void release_K(int j) {
+        K.release(), K.next();
+        if (j == w.first) Q.release(), Q.next();
     }
 
     // S = Q Kᵀ  [64, Bc]
     DEVICE void scores() {
+        trace.enter(QK);
+        const u64 q = by_columns(shared_address(s.sQ[warpgroup][Q.stage]));
         const u64 k = by_columns(shared_address(s.sK[K.stage]));
         products_begin();
 #pragma unroll
         for (int c = 0; c < d / 16; ++c) {
             const int panel = c / 4, inside = c % 4 * NEXT_COLUMNS;
-            Product<Bc, BF16>::tiles(rS, Q + panel * (64 * 128 >> 4) + inside, k + panel * (KV_PANEL >> 4) + inside, c > 0);
+            Product<Bc, BF16>::tiles(rS, q + panel * (64 * 128 >> 4) + inside, k + panel * (KV_PANEL >> 4) + inside, c > 0);
         }
         products_commit();
     }
 
     // O += P̃ V  [64, d]
     DEVICE void weigh() {
+        trace.enter(PV);
         const u64 v = by_rows(shared_address(s.sV[V.stage]), KV_PANEL);
         products_begin();
 #pragma unroll
@@ -208,6 +221,7 @@ struct Consumer {
     }
 
     DEVICE void take_P() {
+        trace.enter(PACK);
 #pragma unroll
         for (int e = 0; e < Bc / 4; ++e) rP[e] = pack<BF16>(rS[2 * e], rS[2 * e + 1]);
     }
@@ -239,6 +253,7 @@ struct Consumer {
 
     // O = diag(l)⁻¹ O, LSE = m + log l
     DEVICE void finish(const Work &w) {
+        trace.enter(FINISH);
         float inverse[2];
         bool seen[2];
 #pragma unroll
@@ -280,14 +295,12 @@ struct Consumer {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fwd_v3(const __grid_constant__ TensorMap Q, const __grid_constant__ TensorMap K, const __grid_constant__ TensorMap V,
-           const __grid_constant__ TensorMap O, float *LSE, int *counter, const __grid_constant__ Shape shape) {
+           const __grid_constant__ TensorMap O, float *LSE, int *counter, u32 *marks,
+           const __grid_constant__ Shape shape) {
     Shared &s = *reinterpret_cast<Shared *>((reinterpret_cast<u64>(shared_memory()) + 1023) / 1024 * 1024);
     if (threadIdx.x == 0) {
         prefetch(Q), prefetch(K), prefetch(V), prefetch(O);
-        for (int g = 0; g < WARPGROUPS; ++g) {
-            barrier_init(shared_address(s.Q + g), 1);
-            barrier_init(shared_address(s.Q + WARPGROUPS + g), 4);
-        }
+        for (int g = 0; g < WARPGROUPS; ++g) Ring<Q_TILES>::init(s.Q[g], 4);
         Ring<STAGES>::init(s.K, CONSUMERS);
         Ring<STAGES>::init(s.V, CONSUMERS);
         Ring<1>::init(s.told, CONSUMERS + 3);
@@ -307,6 +320,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         else bring<true>(s, s.sV, s.V, V);
     } else {
         take_registers<TAKEN>();
-        Consumer(s, O, LSE, shape, warpgroup).run();
+        Consumer(s, O, LSE, shape, marks, warpgroup).run();
     }
 }

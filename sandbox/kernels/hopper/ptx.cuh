@@ -105,6 +105,9 @@ DEVICE void give_registers() {
 // x, which these lanes have in common, as the compiler cannot know: it goes to a uniform register (redux.sync).
 DEVICE int uniform(u32 lanes, int x) { return __reduce_max_sync(lanes, x); }
 
+// What lane 0, one of these, reads at x: for all of them, in a uniform register.
+DEVICE int first_lane(u32 lanes, const int &x) { return uniform(lanes, lanes == 1 || threadIdx.x % 32 == 0 ? x : -0x7FFFFFFF); }
+
 // Before the first product of a batch: what was written to its registers is there.
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -122,6 +125,20 @@ template <int Pending, int Size>
 DEVICE void products_wait(float (&rC)[Size]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
     settled(rC);  // nobody reads rC before the wait
+}
+
+// ---- clocks ------------------------------------------------------------------------------------------------------------
+
+DEVICE u32 cycles() {  // of this multiprocessor
+    u32 t;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(t)::"memory");
+    return t;
+}
+
+DEVICE u32 nanoseconds() {  // of the whole GPU
+    u32 t;
+    asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(t)::"memory");
+    return t;
 }
 
 // ---- numbers -------------------------------------------------------------------------------------------------------

@@ -56,12 +56,12 @@ struct Next {
     Work *slot;
     Ring<1> told;
 
-    // All of these lanes of a warp hear the same, in uniform registers: what follows from it is computed once a warp.
+    // The first of these lanes reads, which also gives the slot back; all have it, in uniform registers: what follows from
+    // it is computed once a warp.
     DEVICE bool hear(Work &work, u32 lanes = ~0u) {
         told.wait();
-        work = {uniform(lanes, slot->i0), uniform(lanes, slot->head), uniform(lanes, slot->kv_head),
-                uniform(lanes, slot->batch), uniform(lanes, slot->first), uniform(lanes, slot->end)};
-        __syncwarp(lanes);
+        work = {first_lane(lanes, slot->i0), first_lane(lanes, slot->head), first_lane(lanes, slot->kv_head),
+                first_lane(lanes, slot->batch), first_lane(lanes, slot->first), first_lane(lanes, slot->end)};
         return work.end >= 0;
     }
 
