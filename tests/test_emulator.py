@@ -38,7 +38,7 @@ NL = "\n        "  # between two statements of a member function
 
 # file, lines as they are, as they should not be, what the emulator says (None: the numbers are wrong)
 DEFECTS = {
-    "K read before it is there": (CU, "trace.enter(FOR_K), K.wait();\n        trace.enter(FOR_TURN)", "trace.enter(FOR_TURN)", None),
+    "K read before it is there": (CU, f"K.wait();{NL}trace.enter(FOR_TURN), ", "", None),
     "V read before it is there": (CU, f"V.wait();{NL}weigh();{NL}turn", f"weigh();{NL}turn", None),
     "K released while it is read": (CU, f"{S_WAIT}{NL}{IN_SOFTMAX}{NL}{K_FREE}", f"{K_FREE}{NL}{S_WAIT}", None),
     "S read while it is computed": (CU, S_WAIT, "products_wait<2>(rS);", None),

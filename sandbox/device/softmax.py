@@ -39,8 +39,8 @@ class Softmax:
             """S becomes P̃ = exp(S - m); m and l go on; alpha = exp(m_old - m_new) is what older sums are worth now.
 
             l is this lane's part of the row's sum: `row_sum` gives the whole.  A row that has seen nothing keeps
-            m = -inf, P̃ = 0, l = 0.  The difference is taken first: as the multiply-add x·log2 e - (m·log2 e), which is one
-            instruction less, both P̃ and alpha would be off by |m|·2^-24, another factor for every m.
+            m = -inf, P̃ = 0, l = 0.  The difference is taken first: the multiply-add x·log2 e - (m·log2 e) is one
+            instruction less, but P̃ and alpha would be off by |m|·2^-24, by another factor for every m.
             """
             for a in range(RA):
                 m = rm[a]

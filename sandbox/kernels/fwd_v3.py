@@ -35,8 +35,8 @@ def padded(d: int) -> int:
 
 
 def shared_bytes(d: int, tile: Tile, switches: "Switches") -> int:
-    """sQ and, where it is apart, sO [Br, d], sK and sV [Bc, d], in panels of 64 columns; and 3,072 bytes for barriers and
-    to align them all."""
+    """sQ and, where it is apart, sO [Br, d], sK and sV [Bc, d], in panels of 64 columns; and 3,072 bytes for barriers
+    and to align them all."""
     columns = -(-d // PANEL) * PANEL
     rows = (switches.q_tiles + switches.o_apart) * tile.Br + 2 * switches.stages * tile.Bc
     return 2 * columns * rows + 3072
@@ -174,3 +174,9 @@ def turned(**switches) -> Variant:
     """The same kernel with these switches, and else as `chosen`: an ablation."""
     name = " ".join(["fwd_v3", *(f"{switch}={value}" for switch, value in switches.items())])
     return replace(VARIANT, name=name, default=False, fit=partial(fit, **switches), build=partial(build, **switches))
+
+
+def traced(marks, **switches) -> Variant:
+    """The same, with time stamps: marks, an int32 tensor [blocks, warpgroups, marks, 2] of zeros, takes them."""
+    variant = turned(**switches)
+    return replace(variant, build=partial(variant.build, marks=marks))
