@@ -76,7 +76,7 @@ DEFECTS = {
     "O not swizzled": (CU, "(chunk % 8 ^ r % 8) * 16", "chunk % 8 * 16", None),
     "rows and columns of S mistaken": (SOFTMAX, "e / 2 % 2", "e % 2", None),
     "alpha forgotten": (CU, "products_wait<0>(rO), scale_rows(rO, softmax.alpha);", ";", None),
-    "keys past the end": (CU, "if (key >= shape.N_k || ", "if (", None),
+    "keys past the end": (CU, "last = shape.N_k - 1 - key", "last = shape.N_k + 99 - key", None),
     "a row block forgotten before all have heard": (
         SCHEDULER, "told.release(), told.next();", "told.next();", "nobody can go on",
     ),

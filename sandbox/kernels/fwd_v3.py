@@ -59,6 +59,7 @@ class Switches:
     stages: int = 2
     o_apart: bool = False
     q_tiles: int = 1
+    unroll: int = 1
     ping_pong: bool = True
     overlap: bool = True
     dynamic: bool = True

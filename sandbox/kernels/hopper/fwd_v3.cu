@@ -99,7 +99,9 @@ struct Consumer {
     Turns<WARPGROUPS, PING_PONG> turn{warpgroup};
     Trace trace;
     Work w;
-    int row;          // of this thread's first row in the sequence; its second is 8 further
+    int skipped = 0;  // key blocks of this row block that its other warpgroups alone see
+    int i0;           // the warpgroup's first row
+    int row;          // this thread's first row; its second is 8 further
     float unit;       // of S, in powers of 2
     Softmax<LAZY> softmax;
     float rS[Bc / 2];  // S, then P̃  [64, Bc]
@@ -135,15 +137,30 @@ struct Consumer {
         trace.enter(FOR_WORK);
         const bool more = next.hear(w);
         next.heard();
-        row = w.i0 + 64 * warpgroup + 16 * warp + lane / 4;
+        i0 = w.i0 + 64 * warpgroup;
+        row = i0 + 16 * warp + lane / 4;
+        if (BANDED) {
+            const int seen = min(i0 + 64, shape.N_q) + shape.hi;  // keys before this one
+            const int end = max(min(w.end, (seen + Bc - 1) / Bc), w.first + 1);
+            skipped = w.end - end, w.end = end;
+        }
         return more;
+    }
+
+    // The last blocks, which only rows of other warpgroups see, and the turns at them.
+    DEVICE void skip_K() {
+        for (int n = 0; n < skipped; ++n) K.skip(), turn.wait(), turn.pass();
+    }
+
+    DEVICE void skip_V() {
+        for (int n = 0; n < skipped; ++n) V.skip();
     }
 
     // S of the first block has no softmax to run under.  After the last row block it is of whatever lies there.
     DEVICE void begin(bool more) {
         if (more) {
             trace.enter(FOR_Q), Q.wait();
-            trace.enter(FOR_K), K.wait();
+            trace.enter(FOR_K), skip_K(), K.wait();
         }
         scores();
     }
@@ -152,7 +169,9 @@ struct Consumer {
     DEVICE void attend() {
         int j = w.end - 1;
         first(j--);
+        skip_V();
         for (; j >= w.first && !whole(j); --j) step<true>(j);
+#pragma unroll UNROLL
         for (; j >= w.first && whole(j); --j) step<false>(j);
         for (; j >= w.first; --j) step<true>(j);
         trace.enter(FOR_V), V.wait();
@@ -226,11 +245,11 @@ struct Consumer {
         for (int e = 0; e < Bc / 4; ++e) rP[e] = pack<BF16>(rS[2 * e], rS[2 * e + 1]);
     }
 
-    // Whether every row of the warpgroup's block sees every key of block j.
+    // Whether every row of the warpgroup sees every key of block j.
     DEVICE bool whole(int j) const {
-        const int last_row = min(w.i0 + Br, shape.N_q) - 1;
+        const int last = min(i0 + 64, shape.N_q) - 1;
         return (j + 1) * Bc <= shape.N_k &&
-               (!BANDED || (last_row + shape.lo <= j * Bc && (j + 1) * Bc - 1 <= w.i0 + shape.hi));
+               (!BANDED || (last + shape.lo <= j * Bc && (j + 1) * Bc - 1 <= i0 + shape.hi));
     }
 
     DEVICE void score() {
@@ -244,28 +263,24 @@ struct Consumer {
 
     DEVICE void mask(int j) {
         score();
+        const int key = j * Bc + column_of(0, lane), last = shape.N_k - 1 - key;  // columns are counted from key
 #pragma unroll
         for (int e = 0; e < Bc / 2; ++e) {
-            const int key = j * Bc + column_of(e, lane), i = row + 8 * row_of(e);
-            if (key >= shape.N_k || (BANDED && (key < i + shape.lo || key > i + shape.hi))) rS[e] = NEG_INF;
+            const int i = row + 8 * row_of(e) - key;
+            if (column_of(e, 0) > (BANDED ? min(last, i + shape.hi) : last)) rS[e] = NEG_INF;
         }
+        if (BANDED && shape.lo > -shape.N_q)  // a window: keys before it
+#pragma unroll
+            for (int e = 0; e < Bc / 2; ++e)
+                if (column_of(e, 0) < row + 8 * row_of(e) - key + shape.lo) rS[e] = NEG_INF;
     }
 
     // O = diag(l)⁻¹ O, LSE = m + log l
     DEVICE void finish(const Work &w) {
         trace.enter(FINISH);
-        float inverse[2];
-        bool seen[2];
-#pragma unroll
-        for (int a = 0; a < 2; ++a) {
-            const float l = softmax.total(a);
-            inverse[a] = 1.f / l;
-            seen[a] = l != 0.f;
-            const int i = w.i0 + 64 * warpgroup + 16 * warp + lane / 4 + 8 * a;
-            if (lane % 4 == 0 && i < shape.N_q)
-                store(LSE + (static_cast<long long>(w.batch) * shape.H + w.head) * shape.N_q + i,
-                      seen[a] ? softmax.m[a] * (unit * 0.6931471805599453f) + logf(l) : NEG_INF);
-        }
+        const float l[2] = {softmax.total(0), softmax.total(1)};
+        const bool seen[2] = {l[0] != 0.f, l[1] != 0.f};
+        const float inverse[2] = {1.f / l[0], 1.f / l[1]};
 #pragma unroll
         for (int e = 0; e < d / 2; ++e) rO[e] = seen[row_of(e)] ? rO[e] * inverse[row_of(e)] : 0.f;
 
@@ -289,6 +304,13 @@ struct Consumer {
                 copy_out(O, sO + p * 64 * 128, 64 * p, w.i0 + 64 * warpgroup, w.head, w.batch);
             copies_out_commit();
             if (!O_APART) copies_out_read(), barrier_arrive(shared_address(s.O_left));
+        }
+#pragma unroll
+        for (int a = 0; a < 2; ++a) {  // last: the fence above would wait for these stores to reach memory
+            const int i = w.i0 + 64 * warpgroup + 16 * warp + lane / 4 + 8 * a;
+            if (lane % 4 == 0 && i < shape.N_q)
+                store(LSE + (static_cast<long long>(w.batch) * shape.H + w.head) * shape.N_q + i,
+                      seen[a] ? softmax.m[a] * (unit * 0.6931471805599453f) + logf(l[a]) : NEG_INF);
         }
     }
 };

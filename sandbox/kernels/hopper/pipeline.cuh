@@ -37,6 +37,14 @@ struct Ring {
         if (threadIdx.x % 32 == 0) barrier_arrive(empty());
     }
 
+    // What this consumer does not use.
+    DEVICE void skip() {
+        wait();
+        __syncwarp(~0u);  // all lanes have waited: after the release the next phase may come, and go
+        release();
+        next();
+    }
+
     DEVICE void next() {
         if (++stage == Size) stage = 0, parity ^= 1;
     }
