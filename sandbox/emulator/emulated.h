@@ -62,6 +62,7 @@ struct Product16 {  // one wgmma of k = 16: A in shared memory or in registers
     float *c;
     u64 a, b;
     const u32 *registers;
+    bool by_columns;  // B
     int N;
     bool bf16, add;
 };
@@ -276,7 +277,7 @@ inline void carry_out(Thread *group, size_t i) {
         }
     for (int n = 0; n < p.N; ++n)
         for (int k = 0; k < 16; ++k)
-            B[16 * n + k] = p.registers
+            B[16 * n + k] = !p.by_columns
                 ? element(start_of(p.b) + n / 64 * leading_of(p.b) + k / 8 * stride_of(p.b) + k % 8 * 128 + n % 64 * 2, p.bf16)
                 : element(start_of(p.b) + n / 8 * stride_of(p.b) + n % 8 * 128 + 2 * k, p.bf16);
     for (int x = 0; x < 128; ++x) {
@@ -478,6 +479,12 @@ u32 pack(float low, float high) {
     return emulated::bits_of(low, Bf16) | u32(emulated::bits_of(high, Bf16)) << 16;
 }
 
+inline void load_matrices(u32 address, u32 *to) {
+    const u32 lane = threadIdx.x % 32;
+    const u64 *addresses = emulated::meet(emulated::warp(), 32, address);
+    for (int i = 0; i < 4; ++i) std::memcpy(to + i, emulated::at(u32(addresses[8 * i + lane / 4]) + lane % 4 * 4, 4), 4);
+}
+
 inline void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
     const u32 words[4] = {a, b, c, d}, lane = threadIdx.x % 32;
     const u64 *addresses = emulated::meet(emulated::warp(), 32, address);
@@ -490,9 +497,12 @@ inline void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
 template <int N, bool Bf16>
 struct Product {
     static void tiles(float (&c)[N / 2], u64 a, u64 b, int add) {
-        emulated::block->current->batch.push_back({c, a, b, nullptr, N, Bf16, add != 0});
+        emulated::block->current->batch.push_back({c, a, b, nullptr, true, N, Bf16, add != 0});
+    }
+    static void columns(float (&c)[N / 2], const u32 *a, u64 b, int add) {
+        emulated::block->current->batch.push_back({c, 0, b, a, true, N, Bf16, add != 0});
     }
     static void rows(float (&c)[N / 2], const u32 *a, u64 b) {
-        emulated::block->current->batch.push_back({c, 0, b, a, N, Bf16, true});
+        emulated::block->current->batch.push_back({c, 0, b, a, false, N, Bf16, true});
     }
 };

@@ -60,6 +60,7 @@ class Switches:
     o_apart: bool = False
     q_tiles: int = 1
     unroll: int = 1
+    q_in_registers: bool = False
     ping_pong: bool = True
     overlap: bool = True
     dynamic: bool = True

@@ -106,6 +106,7 @@ struct Consumer {
     Softmax<LAZY> softmax;
     float rS[Bc / 2];  // S, then P̃  [64, Bc]
     u32 rP[Bc / 4];    // P̃ in 16 bits, two to a register
+    u32 rQ[Q_IN_REGISTERS ? d / 4 : 1];  // Q in 16 bits  [64, d]
     float rO[d / 2];   // O  [64, d]
 
     DEVICE Consumer(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, u32 *marks, int warpgroup)
@@ -160,6 +161,7 @@ struct Consumer {
     DEVICE void begin(bool more) {
         if (more) {
             trace.enter(FOR_Q), Q.wait();
+            if (Q_IN_REGISTERS) take_Q(), Q.release(), Q.next();
             trace.enter(FOR_K), skip_K(), K.wait();
         }
         scores();
@@ -212,7 +214,17 @@ struct Consumer {
     // S_j is there.  If it was the last one, so that the next Q may come, too.
     DEVICE void release_K(int j) {
         K.release(), K.next();
-        if (j == w.first) Q.release(), Q.next();
+        if (!Q_IN_REGISTERS && j == w.first) Q.release(), Q.next();
+    }
+
+    DEVICE void take_Q() {
+        const int r = 16 * warp + lane % 16;
+#pragma unroll
+        for (int c = 0; c < d / 8; c += 2) {  // 16 columns at a time
+            const int chunk = c + lane / 16;
+            const u32 tile = shared_address(s.sQ[warpgroup][Q.stage]);
+            load_matrices(tile + chunk / 8 * (64 * 128) + r * 128 + (chunk % 8 ^ r % 8) * 16, rQ + 2 * c);
+        }
     }
 
     // S = Q Kᵀ  [64, Bc]
@@ -224,7 +236,8 @@ struct Consumer {
 #pragma unroll
         for (int c = 0; c < d / 16; ++c) {
             const int panel = c / 4, inside = c % 4 * NEXT_COLUMNS;
-            Product<Bc, BF16>::tiles(rS, q + panel * (64 * 128 >> 4) + inside, k + panel * (KV_PANEL >> 4) + inside, c > 0);
+            if (Q_IN_REGISTERS) Product<Bc, BF16>::columns(rS, rQ + 4 * c, k + panel * (KV_PANEL >> 4) + inside, c > 0);
+            else Product<Bc, BF16>::tiles(rS, q + panel * (64 * 128 >> 4) + inside, k + panel * (KV_PANEL >> 4) + inside, c > 0);
         }
         products_commit();
     }

@@ -167,6 +167,13 @@ DEVICE u32 pack(float low, float high) {
 }
 
 // Four 8x8 tiles of 16-bit numbers; lane l gives the address of row l % 8 of tile l / 8.
+DEVICE void load_matrices(u32 address, u32 *to) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                  "r"(c), "r"(d)

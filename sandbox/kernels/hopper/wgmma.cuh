@@ -82,16 +82,17 @@ constexpr int NEXT_ROWS = 2048 >> 4;
 #define OPERANDS_TO_120(c) OPERANDS_TO_112(c), EIGHT(c, 112)
 #define OPERANDS_TO_128(c) OPERANDS_TO_120(c), EIGHT(c, 120)
 
-// Product<N, Bf16>::tiles(rC, A, B, add): A and B in shared memory, both by columns; rC = A Bᵀ, or += where add.
-// Product<N, Bf16>::rows(rC, rA, B):      A in registers, B in shared memory by rows; rC += A B.
+// Product<N, Bf16>::tiles(rC, A, B, add):    A and B in shared memory, both by columns; rC = A Bᵀ, or += where add.
+// Product<N, Bf16>::columns(rC, rA, B, add): A in registers, B in shared memory by columns; the same.
+// Product<N, Bf16>::rows(rC, rA, B):         A in registers, B in shared memory by rows; rC += A B.
 template <int N, bool Bf16>
 struct Product;
 
 // After N: the number of accumulators, then those of the operands behind them.
-#define PRODUCT(N, R, R1, R2, R3, R4) \
-    PRODUCT_OF(N, "f16", false, R, R1, R2, R3, R4) \
-    PRODUCT_OF(N, "bf16", true, R, R1, R2, R3, R4)
-#define PRODUCT_OF(N, TYPE, IS_BF16, R, R1, R2, R3, R4) \
+#define PRODUCT(N, R, R1, R2, R3, R4, R5) \
+    PRODUCT_OF(N, "f16", false, R, R1, R2, R3, R4, R5) \
+    PRODUCT_OF(N, "bf16", true, R, R1, R2, R3, R4, R5)
+#define PRODUCT_OF(N, TYPE, IS_BF16, R, R1, R2, R3, R4, R5) \
     template <> \
     struct Product<N, IS_BF16> { \
         static DEVICE void tiles(float (&c)[R], u64 a, u64 b, int add) { \
@@ -101,6 +102,14 @@ struct Product;
                 ", add, 1, 1, 0, 0;\n}" \
                 : OPERANDS_TO_##R(c) \
                 : "l"(a), "l"(b), "r"(add)); \
+        } \
+        static DEVICE void columns(float (&c)[R], const u32 *a, u64 b, int add) { \
+            asm volatile( \
+                "{\n.reg .pred add;\nsetp.ne.b32 add, %" #R5 ", 0;\n" \
+                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES_TO_##R "}, {%" #R ", %" #R1 \
+                ", %" #R2 ", %" #R3 "}, %" #R4 ", add, 1, 1, 0;\n}" \
+                : OPERANDS_TO_##R(c) \
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)); \
         } \
         static DEVICE void rows(float (&c)[R], const u32 *a, u64 b) { \
             asm volatile( \
@@ -112,21 +121,21 @@ struct Product;
         } \
     };
 
-PRODUCT(16, 8, 9, 10, 11, 12)
-PRODUCT(32, 16, 17, 18, 19, 20)
-PRODUCT(48, 24, 25, 26, 27, 28)
-PRODUCT(64, 32, 33, 34, 35, 36)
-PRODUCT(80, 40, 41, 42, 43, 44)
-PRODUCT(96, 48, 49, 50, 51, 52)
-PRODUCT(112, 56, 57, 58, 59, 60)
-PRODUCT(128, 64, 65, 66, 67, 68)
-PRODUCT(144, 72, 73, 74, 75, 76)
-PRODUCT(160, 80, 81, 82, 83, 84)
-PRODUCT(176, 88, 89, 90, 91, 92)
-PRODUCT(192, 96, 97, 98, 99, 100)
-PRODUCT(208, 104, 105, 106, 107, 108)
-PRODUCT(224, 112, 113, 114, 115, 116)
-PRODUCT(240, 120, 121, 122, 123, 124)
-PRODUCT(256, 128, 129, 130, 131, 132)
+PRODUCT(16, 8, 9, 10, 11, 12, 13)
+PRODUCT(32, 16, 17, 18, 19, 20, 21)
+PRODUCT(48, 24, 25, 26, 27, 28, 29)
+PRODUCT(64, 32, 33, 34, 35, 36, 37)
+PRODUCT(80, 40, 41, 42, 43, 44, 45)
+PRODUCT(96, 48, 49, 50, 51, 52, 53)
+PRODUCT(112, 56, 57, 58, 59, 60, 61)
+PRODUCT(128, 64, 65, 66, 67, 68, 69)
+PRODUCT(144, 72, 73, 74, 75, 76, 77)
+PRODUCT(160, 80, 81, 82, 83, 84, 85)
+PRODUCT(176, 88, 89, 90, 91, 92, 93)
+PRODUCT(192, 96, 97, 98, 99, 100, 101)
+PRODUCT(208, 104, 105, 106, 107, 108, 109)
+PRODUCT(224, 112, 113, 114, 115, 116, 117)
+PRODUCT(240, 120, 121, 122, 123, 124, 125)
+PRODUCT(256, 128, 129, 130, 131, 132, 133)
 
 #endif
