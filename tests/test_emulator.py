@@ -46,9 +46,9 @@ DEFECTS = {
         CU, "settled(rS);", "take_P();", None,
     ),
     "V of the next rows before O has left": (
-        CU, "if (IS_V && !O_APART) barrier_wait(shared_address(s.O_left), O_parity), O_parity ^= 1;", "", None,
+        CU, "copies_out_commit();\n            copies_out_read();\n        }\n    }", "copies_out_commit();\n        }\n    }", None,
     ),
-    "O given up while it leaves": (CU, "if (!O_APART) copies_out_read(), ", "if (!O_APART) ", None),
+    "O leaves before it is there": (CU, "O_here.wait(), O_here.next();", "", None),
     "O written where V is read": (
         CU, "if (!O_APART) named_sync(FIRST_NAME + WARPGROUPS, 128 * WARPGROUPS);", "", None,
     ),
@@ -63,7 +63,7 @@ DEFECTS = {
     "Q of the next rows too early": (
         CU, "ring.acquire();\n            ring.announce(Q_BYTES);", "ring.announce(Q_BYTES);", None,
     ),
-    "Q's phase forgotten": (CU, "Q.release(), Q.next();", "Q.release();", None),
+    "Q's phase forgotten": (CU, "j == w.first) Q.release(), Q.next();", "j == w.first) Q.release();", None),
     "a turn that is never passed": (CU, f"weigh();{NL}turn.pass();", "weigh();", "named barrier"),
     "a stage that is never released": (CU, f"{V_FREE}{NL}take_P", f"V.next();{NL}take_P", "nobody can go on"),
     "a stage released too often": (

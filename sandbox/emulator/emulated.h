@@ -472,6 +472,10 @@ inline void store(float *to, float x) { *to = x, ++emulated::stored; }
 
 inline float exp2_approx(float x) { return exp2f(x); }
 
+inline float log2_approx(float x) { return log2f(x); }
+
+inline float __fdividef(float x, float y) { return x / y; }
+
 inline float tanh_fast(float x) { return tanhf(x); }
 
 template <bool Bf16>
@@ -496,8 +500,8 @@ inline void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
 
 template <int N, bool Bf16>
 struct Product {
-    static void tiles(float (&c)[N / 2], u64 a, u64 b, int add) {
-        emulated::block->current->batch.push_back({c, a, b, nullptr, true, N, Bf16, add != 0});
+    static void tiles(float (&c)[N / 2], u64 a, int a_on, u64 b, int b_on, int add) {
+        emulated::block->current->batch.push_back({c, a + a_on, b + b_on, nullptr, true, N, Bf16, add != 0});
     }
     static void columns(float (&c)[N / 2], const u32 *a, u64 b, int add) {
         emulated::block->current->batch.push_back({c, 0, b, a, true, N, Bf16, add != 0});

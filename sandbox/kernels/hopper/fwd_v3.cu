@@ -35,7 +35,7 @@ struct Shared {
     alignas(1024) unsigned char sO[O_APART ? WARPGROUPS : 1][O_APART ? Q_BYTES : 1024];
     alignas(1024) unsigned char sK[STAGES][KV_BYTES];  // [Bc, d]
     alignas(1024) unsigned char sV[STAGES][KV_BYTES];  // [Bc, d]
-    u64 Q[WARPGROUPS][2 * Q_TILES], K[2 * STAGES], V[2 * STAGES], told[2], O_left[1];  // barriers
+    u64 Q[WARPGROUPS][2 * Q_TILES], K[2 * STAGES], V[2 * STAGES], told[2], O_here[1];  // barriers
     Work slot;
 };
 
@@ -63,14 +63,15 @@ DEVICE void bring_Q(Shared &s, const TensorMap &map) {
 // K or V, from the last block to the first.
 //
 // The next row block is drawn when K of this one has been asked for: late enough to go to whoever is free, early enough.
+// Where O has no tile of its own, it leaves through those of V before the next V comes.
 template <bool IS_V>
-DEVICE void bring(Shared &s, unsigned char (&tiles)[STAGES][KV_BYTES], u64 *barriers, const TensorMap &map) {
+DEVICE void bring(Shared &s, unsigned char (&tiles)[STAGES][KV_BYTES], u64 *barriers, const TensorMap &map,
+                  const TensorMap &O) {
     Ring<STAGES> ring(barriers);
     Next next{&s.slot, s.told};
-    u32 O_parity = 1;
+    Ring<1> O_here(s.O_here);
     for (Work w; next.hear(w, 1);) {
         if (IS_V) next.heard();
-        if (IS_V && !O_APART) barrier_wait(shared_address(s.O_left), O_parity), O_parity ^= 1;
 #pragma unroll 1
         for (int j = w.end - 1; j >= w.first; --j) {
             ring.acquire();
@@ -82,6 +83,14 @@ DEVICE void bring(Shared &s, unsigned char (&tiles)[STAGES][KV_BYTES], u64 *barr
             ring.next();
         }
         if (!IS_V) next.heard();
+        if (IS_V && !O_APART) {
+            O_here.wait(), O_here.next();
+#pragma unroll 1
+            for (int t = 0; t < WARPGROUPS * PANELS; ++t)
+                copy_out(O, shared_address(s.sV) + t * (64 * 128), t % PANELS * 64, w.i0 + t / PANELS * 64, w.head, w.batch);
+            copies_out_commit();
+            copies_out_read();
+        }
     }
 }
 
@@ -128,6 +137,7 @@ struct Consumer {
             V.release(), V.next();
             finish(done);
             if (!EARLY) more = hear(next), begin(more);
+            tell(done);  // under the next rows' first product
         }
         trace.leave();
         products_wait<0>(rS);
@@ -218,13 +228,15 @@ struct Consumer {
     }
 
     DEVICE void take_Q() {
-        const int r = 16 * warp + lane % 16;
+        const u32 sQ = shared_address(s.sQ[warpgroup][Q.stage]);
 #pragma unroll
-        for (int c = 0; c < d / 8; c += 2) {  // 16 columns at a time
-            const int chunk = c + lane / 16;
-            const u32 tile = shared_address(s.sQ[warpgroup][Q.stage]);
-            load_matrices(tile + chunk / 8 * (64 * 128) + r * 128 + (chunk % 8 ^ r % 8) * 16, rQ + 2 * c);
-        }
+        for (int c = 0; c < d / 16; ++c) load_matrices(columns_at(sQ, c), rQ + 4 * c);
+    }
+
+    // Where this lane's row of the c-th 16 columns of a tile [64, d] lies: its first 8 columns, or the others.
+    DEVICE u32 columns_at(u32 tile, int c) const {
+        const int r = 16 * warp + lane % 16, chunk = 2 * c + lane / 16;
+        return tile + chunk / 8 * (64 * 128) + r * 128 + (chunk % 8 ^ r % 8) * 16;
     }
 
     // S = Q Kᵀ  [64, Bc]
@@ -237,7 +249,7 @@ struct Consumer {
         for (int c = 0; c < d / 16; ++c) {
             const int panel = c / 4, inside = c % 4 * NEXT_COLUMNS;
             if (Q_IN_REGISTERS) Product<Bc, BF16>::columns(rS, rQ + 4 * c, k + panel * (KV_PANEL >> 4) + inside, c > 0);
-            else Product<Bc, BF16>::tiles(rS, q + panel * (64 * 128 >> 4) + inside, k + panel * (KV_PANEL >> 4) + inside, c > 0);
+            else Product<Bc, BF16>::tiles(rS, q, panel * (64 * 128 >> 4) + inside, k, panel * (KV_PANEL >> 4) + inside, c > 0);
         }
         products_commit();
     }
@@ -288,42 +300,47 @@ struct Consumer {
                 if (column_of(e, 0) < row + 8 * row_of(e) - key + shape.lo) rS[e] = NEG_INF;
     }
 
-    // O = diag(l)⁻¹ O, LSE = m + log l
+    // O = diag(l)⁻¹ O
     DEVICE void finish(const Work &w) {
         trace.enter(FINISH);
-        const float l[2] = {softmax.total(0), softmax.total(1)};
-        const bool seen[2] = {l[0] != 0.f, l[1] != 0.f};
-        const float inverse[2] = {1.f / l[0], 1.f / l[1]};
+        softmax.join();
 #pragma unroll
-        for (int e = 0; e < d / 2; ++e) rO[e] = seen[row_of(e)] ? rO[e] * inverse[row_of(e)] : 0.f;
+        for (int e = 0; e < d / 2; ++e) rO[e] *= softmax.alpha[row_of(e)];
+        if (softmax.blind())  // P̃ V is no 0 where V is not finite
+#pragma unroll
+            for (int e = 0; e < d / 2; ++e)
+                if (softmax.l[row_of(e)] == 0.f) rO[e] = 0.f;
 
         const u32 name = FIRST_NAME + warpgroup;
         const u32 sO = shared_address(O_APART ? s.sO[warpgroup] : &s.sV[0][0] + warpgroup * Q_BYTES);
         if (!O_APART) named_sync(FIRST_NAME + WARPGROUPS, 128 * WARPGROUPS);  // nobody reads V any more
         if (O_APART && threadIdx.x % 128 == 0) copies_out_read();
         if (O_APART) named_sync(name, 128);  // the O of before has left
-        const int r = 16 * warp + lane % 16;
 #pragma unroll
-        for (int c = 0; c < d / 8; c += 2) {  // 16 columns at a time
-            const int chunk = c + lane / 16;
-            const u32 address = sO + chunk / 8 * (64 * 128) + r * 128 + (chunk % 8 ^ r % 8) * 16;
-            store_matrices(address, pack<BF16>(rO[4 * c], rO[4 * c + 1]), pack<BF16>(rO[4 * c + 2], rO[4 * c + 3]),
-                           pack<BF16>(rO[4 * c + 4], rO[4 * c + 5]), pack<BF16>(rO[4 * c + 6], rO[4 * c + 7]));
+        for (int c = 0; c < d / 16; ++c) {
+            const float *x = rO + 8 * c;
+            store_matrices(columns_at(sO, c), pack<BF16>(x[0], x[1]), pack<BF16>(x[2], x[3]), pack<BF16>(x[4], x[5]),
+                           pack<BF16>(x[6], x[7]));
         }
         async_fence();
         named_sync(name, 128);
         if (threadIdx.x % 128 == 0) {
-            for (int p = 0; p < PANELS; ++p)
-                copy_out(O, sO + p * 64 * 128, 64 * p, w.i0 + 64 * warpgroup, w.head, w.batch);
-            copies_out_commit();
-            if (!O_APART) copies_out_read(), barrier_arrive(shared_address(s.O_left));
+            if (!O_APART) barrier_arrive(shared_address(s.O_here));
+            if (O_APART) {
+                for (int p = 0; p < PANELS; ++p)
+                    copy_out(O, sO + p * 64 * 128, 64 * p, w.i0 + 64 * warpgroup, w.head, w.batch);
+                copies_out_commit();
+            }
         }
+    }
+
+    // LSE = m + log l
+    DEVICE void tell(const Work &w) {
+        float *to = LSE + (static_cast<long long>(w.batch) * shape.H + w.head) * shape.N_q;
 #pragma unroll
-        for (int a = 0; a < 2; ++a) {  // last: the fence above would wait for these stores to reach memory
+        for (int a = 0; a < 2; ++a) {
             const int i = w.i0 + 64 * warpgroup + 16 * warp + lane / 4 + 8 * a;
-            if (lane % 4 == 0 && i < shape.N_q)
-                store(LSE + (static_cast<long long>(w.batch) * shape.H + w.head) * shape.N_q + i,
-                      seen[a] ? softmax.m[a] * (unit * 0.6931471805599453f) + logf(l[a]) : NEG_INF);
+            if (lane % 4 == 0 && i < shape.N_q) store(to + i, softmax.lse(a, unit));
         }
     }
 };
@@ -339,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         Ring<STAGES>::init(s.K, CONSUMERS);
         Ring<STAGES>::init(s.V, CONSUMERS);
         Ring<1>::init(s.told, CONSUMERS + 3);
-        barrier_init(shared_address(s.O_left), WARPGROUPS);
+        barrier_init(shared_address(s.O_here), WARPGROUPS);
         barrier_init_fence();
     }
     __syncthreads();
@@ -351,8 +368,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (threadIdx.x % 32 != 0);
         else if (warp == 0) hand_out<DYNAMIC>(Order<Br, Bc, BANDED>{shape}, {&s.slot, s.told}, counter);
         else if (warp == 1) bring_Q(s, Q);
-        else if (warp == 2) bring<false>(s, s.sK, s.K, K);
-        else bring<true>(s, s.sV, s.V, V);
+        else if (warp == 2) bring<false>(s, s.sK, s.K, K, O);
+        else bring<true>(s, s.sV, s.V, V, O);
     } else {
         take_registers<TAKEN>();
         Consumer(s, O, LSE, shape, marks, warpgroup).run();

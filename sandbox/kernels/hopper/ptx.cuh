@@ -152,6 +152,12 @@ DEVICE float exp2_approx(float x) {  // 2 ulp; one instruction
     return y;
 }
 
+DEVICE float log2_approx(float x) {  // off by 2⁻²² of the larger of 1 and log2 x; one instruction
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // tanh x = 1 - 2 / (1 + e^2x), off by some 2⁻²³: 16-bit inputs know their scores less well.
 DEVICE float tanh_fast(float x) { return 1.f - __fdividef(2.f, 1.f + exp2_approx(x * 2.8853900817779268f)); }
 

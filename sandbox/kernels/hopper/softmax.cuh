@@ -49,10 +49,22 @@ struct Softmax {
     // Whether what older sums are worth has changed in any row of the warp.
     DEVICE bool changed() const { return __any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f); }
 
-    // The sum over a row's four lanes.
-    DEVICE float total(int a) const {
-        float sum = l[a] + __shfl_xor_sync(~0u, l[a], 1);
-        return sum + __shfl_xor_sync(~0u, sum, 2);
+    // All keys have been seen: l becomes the sum over a row's four lanes, and alpha what O is to be multiplied by.
+    DEVICE void join() {
+#pragma unroll
+        for (int a = 0; a < 2; ++a) {
+            l[a] += __shfl_xor_sync(~0u, l[a], 1);
+            l[a] += __shfl_xor_sync(~0u, l[a], 2);
+            alpha[a] = l[a] == 0.f ? 0.f : __fdividef(1.f, l[a]);
+        }
+    }
+
+    // Whether any row of the warp has seen nothing; once joined.
+    DEVICE bool blind() const { return __any_sync(~0u, l[0] == 0.f || l[1] == 0.f); }
+
+    // Once joined.  unit: as in `update`.
+    DEVICE float lse(int a, float unit) const {
+        return l[a] == 0.f ? NEG_INF : (m[a] * unit + log2_approx(l[a])) * 0.6931471805599453f;
     }
 };
 

@@ -82,9 +82,11 @@ constexpr int NEXT_ROWS = 2048 >> 4;
 #define OPERANDS_TO_120(c) OPERANDS_TO_112(c), EIGHT(c, 112)
 #define OPERANDS_TO_128(c) OPERANDS_TO_120(c), EIGHT(c, 120)
 
-// Product<N, Bf16>::tiles(rC, A, B, add):    A and B in shared memory, both by columns; rC = A Bᵀ, or += where add.
+// Product<N, Bf16>::tiles(rC, A, a, B, b, add): A and B in shared memory, both by columns; rC = A Bᵀ, or += where add.
+//     They start at the descriptors A + a and B + b.  Sums that the compiler sees it takes out of loops, and 16 of Q alone
+//     are more than uniform registers hold: moving them there made d = 256 slower.
 // Product<N, Bf16>::columns(rC, rA, B, add): A in registers, B in shared memory by columns; the same.
-// Product<N, Bf16>::rows(rC, rA, B):         A in registers, B in shared memory by rows; rC += A B.
+// Product<N, Bf16>::rows(rC, rA, B): A in registers, B in shared memory by rows; rC += A B.
 template <int N, bool Bf16>
 struct Product;
 
@@ -95,13 +97,14 @@ struct Product;
 #define PRODUCT_OF(N, TYPE, IS_BF16, R, R1, R2, R3, R4, R5) \
     template <> \
     struct Product<N, IS_BF16> { \
-        static DEVICE void tiles(float (&c)[R], u64 a, u64 b, int add) { \
+        static DEVICE void tiles(float (&c)[R], u64 a, int a_on, u64 b, int b_on, int add) { \
             asm volatile( \
-                "{\n.reg .pred add;\nsetp.ne.b32 add, %" #R2 ", 0;\n" \
-                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES_TO_##R "}, %" #R ", %" #R1 \
+                "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" #R4 ", 0;\n" \
+                "cvt.s64.s32 a, %" #R2 ";\nadd.s64 a, a, %" #R ";\ncvt.s64.s32 b, %" #R3 ";\nadd.s64 b, b, %" #R1 ";\n" \
+                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES_TO_##R "}, a, b" \
                 ", add, 1, 1, 0, 0;\n}" \
                 : OPERANDS_TO_##R(c) \
-                : "l"(a), "l"(b), "r"(add)); \
+                : "l"(a), "l"(b), "r"(a_on), "r"(b_on), "r"(add)); \
         } \
         static DEVICE void columns(float (&c)[R], const u32 *a, u64 b, int add) { \
             asm volatile( \
