@@ -30,9 +30,9 @@ class Clock:
     """Stands in for timing on a machine that cannot time: who was timed, and how long it is to have taken."""
 
     def __init__(self, monkeypatch, tmp_path):
-        self.timed, self.ms = [], iter(lambda: 2.0, None)
-        monkeypatch.setattr(timing, "time", self.time)
-        monkeypatch.setattr(timing, "time_launch", lambda launch: self.take("rival"))
+        self.timed, self.ms, self.again = [], iter(lambda: 2.0, None), iter(lambda: 0.0, None)
+        monkeypatch.setattr(timing, "gated", self.gated)
+        monkeypatch.setattr(timing, "time_together", lambda launches: [self.take(launch) for launch in launches])
         made = {"registers": 9, "spills": 0, "shared_bytes": 64, "threads": 16, "blocks_per_sm": 2, "warps_per_sm": 2}
         monkeypatch.setattr(bench, "made", lambda *what: made)
         monkeypatch.setattr(bench, "compile_seconds", lambda *what: {"compile_s": 3.0, "cached_compile_s": 0.1})
@@ -44,14 +44,14 @@ class Clock:
         monkeypatch.setattr(target, "device", lambda: SIMULATOR)
         monkeypatch.setattr(target, "torch_device", lambda: torch.device("cpu"))
 
-    def time(self, verdict):
+    def gated(self, verdict):
         assert verdict.passed
-        return self.take("ours")
+        return "ours"
 
-    def take(self, who):
-        self.timed.append(who)
+    def take(self, launch):
+        self.timed.append("ours" if launch == "ours" else "rival")
         ms = next(self.ms)
-        return timing.Timing(ms, ms, ms, 3)
+        return timing.Timing(ms, ms, ms, 3, next(self.again))
 
     def launcher(self, name, problem, inputs, direction):
         if name == "torch:cudnn":
@@ -245,7 +245,7 @@ def test_a_run_that_was_cut_short_goes_on(clock, run, capfd, tmp_path, monkeypat
     monkeypatch.setattr(bench, "run_id", lambda: "the second")
     clock.timed.clear()
     rows = run(two)
-    assert clock.timed == ["ours", "rival", "ours"]
+    assert clock.timed == ["ours", "rival"]
     assert [row["run"] == "the second" for row in rows] == [False, False, True, True]
     assert "1 of 2 points are from a run that was cut short" in capfd.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["bench.jsonl"]
@@ -257,18 +257,19 @@ def test_an_edited_kernel_is_measured_again(clock, run, monkeypatch):
     cut_short(run, monkeypatch, two)
     monkeypatch.setattr(bench, "kernel_hash", lambda name: "edited")
     clock.timed.clear()
-    assert {row["kernel_hash"] for row in run(two)} == {"edited", None} and clock.timed == 2 * ["ours", "rival", "ours"]
+    assert {row["kernel_hash"] for row in run(two)} == {"edited", None} and clock.timed == 2 * ["ours", "rival"]
 
 
 @simulated
 def test_a_run_that_came_to_its_end_is_measured_again_and_compared(clock, run, monkeypatch):
-    clock.ms = iter([2.0, 2.03, 2.05, 2.1])  # of two runs, each measured twice
+    clock.ms, clock.again = iter([2.0, 2.05]), iter([0.015, -0.024])
     monkeypatch.setattr(bench, "run_id", iter(["first", "second"]).__next__)
     (first,), (second,) = run(points("sandbox:fwd_v2")), run(points("sandbox:fwd_v2"))
     assert (first["run"], first["ms_before"], second["run"], second["ms_before"]) == ("first", None, "second", 2.0)
     assert first["again"] == pytest.approx(0.015) and bench_report.careful([first]) == []
-    twice, since = bench_report.careful([second])
-    assert "N=16 d=8 full: measured twice, +2.4 %" in twice and "since the run before, +2.5 %" in since
+    halves, since = bench_report.careful([second])
+    assert "N=16 d=8 full: one half of the samples from the other, -2.4 %" in halves
+    assert "since the run before, +2.5 %" in since
 
 
 @simulated

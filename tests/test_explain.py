@@ -193,7 +193,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(target, "KIND", "gpu")
     monkeypatch.setattr(target, "device", lambda: SIMULATOR)
     monkeypatch.setattr(target, "torch_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(timing, "time", lambda verdict: launches.append(verdict) or timing.Timing(2.0, 2.0, 2.0, 3))
+    monkeypatch.setattr(
+        timing, "time", lambda verdict: launches.append(verdict) or timing.Timing(2.0, 2.0, 2.0, 3, 0.0)
+    )
     monkeypatch.setattr(roofline, "_copy", lambda: 4e12)
     monkeypatch.setattr(bench, "ceiling", lambda dtype: {"fp32": 50.0, "fp16": 700.0}[dtype])
     monkeypatch.setattr(counters, "count", lambda wanted: ([counters.Counters(600, 400, 5000, 1)], ""))

@@ -127,7 +127,7 @@ def on_a_gpu(monkeypatch):
         monkeypatch.setattr(pipelining, "drawn", type("", (), {"__call__": lambda *_: 0, "cache_clear": lambda _: 0})())
         monkeypatch.setattr(pipelining, "refusals", lambda *_: {kernel: reason})
         monkeypatch.setattr(gate, "check", check or (lambda *_: verdict(passed)))
-        monkeypatch.setattr(timing, "time", lambda *of: times.append(of) or timing.Timing(4.0, 3.9, 4.1, 25))
+        monkeypatch.setattr(timing, "time", lambda *of: times.append(of) or timing.Timing(4.0, 3.9, 4.1, 25, 0.0))
         return pipelining.measure(point), times
 
     return measured

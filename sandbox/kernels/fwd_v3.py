@@ -16,7 +16,7 @@ from ..variant import Infeasible, Tile, Unsupported, Variant
 FILE = Path(__file__).parent / "hopper" / "fwd_v3.cu"
 WARPGROUP_ROWS, MOST_KEYS, PANEL = 64, 256, 64
 L2_BYTES = 32 << 20  # of K and V that are worked on at a time
-ACCUMULATORS = {2: 216, 3: 136, 4: 80}  # registers a thread has for S, P and O, by warpgroups
+ACCUMULATORS = {2: 212, 3: 132, 4: 80}  # registers a thread has for its tiles, by warpgroups
 TILES = (
     *(Tile(Br, Bc) for Br in (128, 192) for Bc in (64, 80, 96, 112, 128, 144, 160, 176, 192)), Tile(256, 64),
 )  # fmt: skip
@@ -42,13 +42,21 @@ def shared_bytes(d: int, tile: Tile, switches: "Switches") -> int:
     return 2 * columns * rows + 3072
 
 
+def accumulators(d: int, tile: Tile, switches: "Switches") -> int:
+    """Registers a thread needs for S, P and O [64, ·] of its warpgroup, and for Q where it is in registers."""
+    return 3 * tile.Bc // 4 + d // 2 + (d // 4 if switches.q_in_registers else 0)
+
+
 @dataclass(frozen=True)
 class Switches:
     """What can be turned, one by one: that is how the ablations are built.
 
     stages      tiles of K and of V that are on their way or in use
     o_apart     O has a tile of its own; else it leaves through V's, and the next V waits
-    q_tiles     of each warpgroup: with two the next row block's Q comes while this one's is in use
+    q_tiles     of each warpgroup: with two the next row block's Q comes while this one's is in use, and its first
+                product is under way while O is finished
+    q_in_registers  Q is read from its tile once a row block, and not by every product
+    unroll      steps of the main loop that are laid out in a row, which saves moves between registers
     ping_pong   while one warpgroup multiplies, another takes its softmax
     overlap     Q Kᵀ of the next block is under way during the softmax of this one
     dynamic     a block that is free takes the next row block; else each gridDim.x-th is its own
@@ -59,8 +67,8 @@ class Switches:
     stages: int = 2
     o_apart: bool = False
     q_tiles: int = 1
-    unroll: int = 1
     q_in_registers: bool = False
+    unroll: int = 2
     ping_pong: bool = True
     overlap: bool = True
     dynamic: bool = True
@@ -69,10 +77,22 @@ class Switches:
 
 
 def chosen(problem, tile, device) -> Switches:
-    """The switches that are used: a tile for O and up to four stages, as they fit; turns where the softmax is dear."""
-    turns = padded(problem.d) <= 64  # beyond, they cost more than they bring
-    choices = [Switches(stages, apart, ping_pong=turns) for apart in (True, False) for stages in (4, 3, 2)]
-    fits = (s for s in choices if shared_bytes(problem.d, tile, s) <= device.shared)
+    """The switches that are used: a tile for O and up to four stages, as they fit; the others as sweeps on an H100 found.
+
+    Turns cost more than they bring where the softmax is cheap beside products (d > 64), and where a mask gives the
+    warpgroups unequal work.
+    """
+    d, banded = padded(problem.d), problem.mask.banded
+    if d <= 64 and tile.Br == 192:
+        found = Switches(ping_pong=True, q_in_registers=True, unroll=1)
+    elif d <= 64:
+        found = Switches(ping_pong=not banded)
+    else:
+        found = Switches(ping_pong=False, q_in_registers=banded and tile.Br == 128)
+    if accumulators(d, tile, found) > ACCUMULATORS[tile.Br // WARPGROUP_ROWS]:
+        found = replace(found, q_in_registers=False)
+    choices = [replace(found, stages=n, o_apart=apart) for apart in (True, False) for n in (4, 3, 2)]
+    fits = (s for s in choices if shared_bytes(d, tile, s) <= device.shared)
     return next(fits, choices[-1])
 
 
@@ -88,23 +108,25 @@ def fit(problem, tile, device, **turned):
         raise Unsupported(f"fwd_v3 needs a Hopper GPU (sm_90), this is sm_{major}{minor}: fwd_v2 runs here")
     if tile.Br not in (128, 192, 256) or tile.Bc % 16 or tile.Bc > MOST_KEYS:
         raise Infeasible(tile, f"fwd_v3 takes 128, 192 or 256 rows and a multiple of 16 keys up to {MOST_KEYS}")
-    switches = replace(chosen(problem, tile, device), **turned)
+    switches, d = replace(chosen(problem, tile, device), **turned), padded(problem.d)
     if (need := shared_bytes(problem.d, tile, switches)) > device.shared:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
     warpgroups = tile.Br // WARPGROUP_ROWS
-    if (need := 3 * tile.Bc // 4 + padded(problem.d) // 2) > ACCUMULATORS[warpgroups]:
-        raise Infeasible(tile, f"needs {need} registers a thread for S, P and O, there are {ACCUMULATORS[warpgroups]}")
+    if (need := accumulators(d, tile, switches)) > ACCUMULATORS[warpgroups]:
+        raise Infeasible(tile, f"needs {need} registers a thread for its tiles, there are {ACCUMULATORS[warpgroups]}")
     if not switches.o_apart and switches.stages * tile.Bc < tile.Br:
         raise Infeasible(tile, f"O leaves through V's tiles, which hold {switches.stages * tile.Bc} rows")
 
 
 def usual(problem, device) -> Tile:
-    """The fastest tile of sweeps on an H200, d 64, 128 and 256, N from 1k to 16k."""
-    d = padded(problem.d)
+    """The fastest tile of sweeps on an H200 and an H100, d 64, 128 and 256, N from 1k to 16k."""
+    d, banded, N_k = padded(problem.d), problem.mask.banded, problem.N_k
     if d <= 64:
-        tile = Tile(256, 64) if problem.N_k <= (4096 if problem.mask.banded else 2048) else Tile(192, 112)
+        tile = Tile(256, 64) if N_k <= (8192 if banded else 2048) else Tile(192, 112)
+    elif d <= 128:
+        tile = Tile(128, 128) if banded or N_k <= 2048 else Tile(192, 80)
     else:
-        tile = Tile(128, 128) if d <= 128 else Tile(128, 112) if d <= 192 else Tile(128, 80)
+        tile = Tile(128, 112) if d <= 192 else Tile(128, 64)
     fit(problem, tile, device)
     return tile
 

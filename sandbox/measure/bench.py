@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,36 +77,36 @@ MEASURED = (
 def measure(point: Point, device: Device) -> list[dict]:
     """The measured fields of each provider of a point, in order.
 
-    A kernel that fails its gate has no time, and `gate` says why; what cannot run at all says so in `why`.  When all
-    have been timed, ours are timed once more: `again` is by how much the second median differs from the first.
+    A kernel that fails its gate has no time, and `gate` says why; what cannot run at all says so in `why`.  The others
+    are timed together, in turns; `again` is by how much the second half of the samples differs from the first.
     Raises ValueError where a kernel takes the GPU down.
     """
     inputs = gate.gaussian(point.problem, point.seed, target.torch_device())
     oracle = functools.cache(lambda: stars(point, inputs))
-    rows, passed = [], []
+    rows, launches = [], []
     for provider in point.providers:
-        row = dict.fromkeys(MEASURED)
+        row, launch = dict.fromkeys(MEASURED), None
         try:
             if provider.startswith(OURS):
-                verdict, found = ours(provider, point, inputs, device)
-                passed += [(row, verdict, provider.removeprefix(OURS))] if verdict else []
+                launch, found = ours(provider, point, inputs, device)
             else:
-                found = rival(provider, point, inputs, oracle)
+                launch, found = rival(provider, point, inputs, oracle)
             row |= found
         except (Infeasible, rivals.Unavailable) as reason:
             row["why"] = str(reason)
         except torch.OutOfMemoryError:
             row["why"] = "does not fit in the GPU's memory"
-        if row["ms"]:
-            row["tflops"] = point.problem.flops(point.direction) / row["ms"] * 1e-9
-            row["of_ceiling"] = row["tflops"] / ceiling(point.problem.dtype)
         if target.KIND == "gpu":
             torch.cuda.empty_cache()
         rows.append(row)
-    for row, verdict, _ in passed:
-        row["again"] = timing.time(verdict).ms / row["ms"] - 1
-    for row, _, name in passed:  # last: the GPU idles meanwhile, and its clock falls
-        row |= compile_seconds(name, point.problem.kind, Tile(row["Br"], row["Bc"]))
+        launches += [(row, launch)] if launch else []
+    for (row, _), t in zip(launches, timing.time_together([launch for _, launch in launches]), strict=True):
+        row |= {"ms": t.ms, "ms_p20": t.ms_p20, "ms_p80": t.ms_p80, "again": t.again}
+        row["tflops"] = point.problem.flops(point.direction) / t.ms * 1e-9
+        row["of_ceiling"] = row["tflops"] / ceiling(point.problem.dtype)
+    for row, provider in zip(rows, point.providers, strict=True):
+        if row["ms"] and provider.startswith(OURS):
+            row |= compile_seconds(provider.removeprefix(OURS), point.problem.kind, Tile(row["Br"], row["Bc"]))
     return rows
 
 
@@ -116,8 +118,8 @@ def compare(rows: list[dict]) -> None:
         row["ratio"] = first["ms"] / row["ms"] if first["ms"] and row["ms"] else None
 
 
-def ours(provider: str, point: Point, inputs, device: Device) -> tuple[gate.Verdict | None, dict]:
-    """Gate, then time and what the compiler made; no Verdict where the gate failed.
+def ours(provider: str, point: Point, inputs, device: Device) -> tuple[Callable | None, dict]:
+    """A gated launch to be timed, None where the gate failed; and what the gate and the compiler found.
 
     max_error is the largest of all outputs, LSE too.
     """
@@ -138,17 +140,14 @@ def ours(provider: str, point: Point, inputs, device: Device) -> tuple[gate.Verd
     row |= {"max_error": _finite(verdict.max_error), "error_ratio": _finite(verdict.ratio)}
     if not verdict.passed:
         return None, row | {"gate": f"failed: {verdict.why}"}
-    t = timing.time(verdict)
-    row |= {"gate": "passed", "ms": t.ms, "ms_p20": t.ms_p20, "ms_p80": t.ms_p80}
-    return verdict, row | made(verdict.launch, device)
+    return timing.gated(verdict), row | {"gate": "passed"} | made(verdict.launch, device)
 
 
-def rival(provider: str, point: Point, inputs, oracle) -> dict:
-    """Time, and its error in O or in the gradients."""
+def rival(provider: str, point: Point, inputs, oracle) -> tuple[Callable, dict]:
+    """A launch to be timed, and its error in O or in the gradients."""
     launch, outputs = rivals.launcher(provider, point.problem, inputs, point.direction)
     errors = [float((x.double() - star).abs().max()) for x, star in zip(outputs().values(), oracle())]
-    t = timing.time_launch(launch)
-    return {"ms": t.ms, "ms_p20": t.ms_p20, "ms_p80": t.ms_p80, "max_error": _finite(max(errors))}
+    return launch, {"max_error": _finite(max(errors))}
 
 
 def stars(point: Point, inputs) -> tuple:
@@ -241,6 +240,22 @@ def compile_seconds(name: str, kind: Problem, tile: Tile) -> dict:
         raise RuntimeError(f"{name} does not compile on its own: {done.stderr.strip().splitlines()[-1:]}")
     first, cached = map(float, done.stdout.split()[-2:])
     return {"compile_s": first, "cached_compile_s": cached}
+
+
+def compile_all(points: Iterable[Point], device: Device) -> None:
+    """compile_seconds of all that these points take, some at a time, before anything is timed."""
+    wanted = []
+    for point in points:
+        for name in (one.removeprefix(OURS) for one in point.providers if one.startswith(OURS)):
+            try:
+                tile = point.tile or choose_tile(point.problem, device, catalog.find(name))
+            except Infeasible:
+                continue
+            wanted.append((name, point.problem.kind, tile))
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        begun = [pool.submit(compile_seconds, *one) for one in dict.fromkeys(wanted)]
+    for one in begun:
+        one.exception()  # what does not compile is told where its gate is
 
 
 @functools.cache

@@ -42,7 +42,7 @@ def careful(rows: list[dict]) -> list[str]:
     lines = []
     for row in rows:
         since = row["ms"] / row["ms_before"] - 1 if row["ms"] and row["ms_before"] else None
-        for apart, what in ((row["again"], "measured twice"), (since, "since the run before")):
+        for apart, what in ((row["again"], "one half of the samples from the other"), (since, "since the run before")):
             if apart is not None and abs(apart) > bench.SAME:
                 lines.append(f"careful: {row['provider']} {shape(row)}: {what}, {100 * apart:+.1f} %")
     return lines

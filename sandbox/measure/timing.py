@@ -17,6 +17,7 @@ import torch
 
 SAMPLES = (3, 100)  # at least, at most
 BUDGET_S = 0.5  # of launches, between those two
+ROUNDS = 10  # in which launches take turns, where several are compared
 
 
 class Ungated(RuntimeError):
@@ -25,33 +26,62 @@ class Ungated(RuntimeError):
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: the median, and the quantiles that 20 % and 80 % of the samples stay below."""
+    """Milliseconds: the median, and the quantiles that 20 % and 80 % of the samples stay below.
+
+    again  by how much the median of the second half of the samples differs from that of the first
+    """
 
     ms: float
     ms_p20: float
     ms_p80: float
     samples: int
+    again: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        times, half = torch.tensor(samples, dtype=torch.float64), len(samples) // 2
+        ms_p20, ms, ms_p80 = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+        again = torch.quantile(times[half:], 0.5) / torch.quantile(times[:half], 0.5) - 1
+        return cls(ms, ms_p20, ms_p80, len(samples), float(again))
 
 
 def time(verdict, budget_s: float = BUDGET_S) -> Timing:
     """Median and quantiles of verdict.launch.  Raises Ungated unless the verdict passed, ValueError without a GPU."""
+    return time_launch(gated(verdict), budget_s)
+
+
+def gated(verdict):
+    """verdict.launch, to be timed.  Raises as `time` does."""
     if verdict is None or not verdict.passed:
         raise Ungated("not timed: nothing is timed that has not passed the gate in the same run")
     if not torch.cuda.is_available():
         raise ValueError("not timed: there is no GPU here, and the simulator's time says nothing about one")
-    return time_launch(verdict.launch, budget_s)
+    return verdict.launch
 
 
 def time_launch(launch, budget_s: float = BUDGET_S) -> Timing:
     """The ungated half of `time`, for yardsticks that are not ours (torch, cuDNN)."""
-    launch()  # warm: whatever is compiled, allocated or initialised once
-    torch.cuda.synchronize()
-    flush = _flusher(_host_seconds(launch))
-    first = _sample(flush, launch)
-    samples = min(max(SAMPLES[0], int(budget_s / max(first * 1e-3, 1e-6))), SAMPLES[1])
-    times = torch.tensor([_sample(flush, launch) for _ in range(samples)], dtype=torch.float64)
-    ms_p20, ms, ms_p80 = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return Timing(ms, ms_p20, ms_p80, samples)
+    return time_together([launch], budget_s, rounds=1)[0]
+
+
+def time_together(launches: list, budget_s: float = BUDGET_S, rounds: int = ROUNDS) -> list[Timing]:
+    """Several launches, ungated, budget_s each: they take turns, so that all meet the same clock and temperature.
+
+    A GPU at its power limit is slower after a second of work than at first; what was timed last would look worse.
+    """
+    flushes, samples = [], []
+    for launch in launches:
+        launch()  # warm: whatever is compiled, allocated or initialised once
+        torch.cuda.synchronize()
+        flushes.append(_flusher(_host_seconds(launch)))
+        first = _sample(flushes[-1], launch)
+        samples.append(min(max(SAMPLES[0], int(budget_s / max(first * 1e-3, 1e-6))), SAMPLES[1]))
+    times = [[] for _ in launches]
+    for done in range(rounds):
+        for n, launch in enumerate(launches):
+            upto = samples[n] * (done + 1) // rounds
+            times[n] += [_sample(flushes[n], launch) for _ in range(len(times[n]), upto)]
+    return [Timing.of(each) for each in times]
 
 
 def _sample(flush, launch) -> float:
