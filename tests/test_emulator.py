@@ -46,7 +46,7 @@ DEFECTS = {
         CU, "settled(rS);", "take_P();", None,
     ),
     "V of the next rows before O has left": (
-        CU, "copies_out_commit();\n            copies_out_read();\n        }\n    }", "copies_out_commit();\n        }\n    }", None,
+        CU, f"copies_out_commit();{NL}    copies_out_read();{NL}}}", f"copies_out_commit();{NL}}}", None,
     ),
     "O leaves before it is there": (CU, "O_here.wait(), O_here.next();", "", None),
     "O written where V is read": (

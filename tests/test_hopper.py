@@ -117,7 +117,7 @@ SWITCHED = [
     dict(ping_pong=False), dict(overlap=False), dict(ping_pong=False, overlap=False), dict(dynamic=False),
     dict(lazy=False), dict(persistent=False), dict(dynamic=False, persistent=False),
     dict(o_apart=False, stages=2), dict(o_apart=False, dynamic=False, stages=2),
-    dict(q_in_registers=True), dict(q_tiles=2, stages=2), dict(q_tiles=2, o_apart=False, stages=2),
+    dict(q_in_registers=4), dict(q_in_registers=1), dict(q_tiles=2, stages=2), dict(q_tiles=2, o_apart=False, stages=2),
 ]  # fmt: skip
 
 

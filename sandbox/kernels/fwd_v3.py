@@ -44,7 +44,7 @@ def shared_bytes(d: int, tile: Tile, switches: "Switches") -> int:
 
 def accumulators(d: int, tile: Tile, switches: "Switches") -> int:
     """Registers a thread needs for S, P and O [64, ·] of its warpgroup, and for Q where it is in registers."""
-    return 3 * tile.Bc // 4 + d // 2 + (d // 4 if switches.q_in_registers else 0)
+    return 3 * tile.Bc // 4 + d // 2 + 4 * switches.q_in_registers
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Switches:
     o_apart     O has a tile of its own; else it leaves through V's, and the next V waits
     q_tiles     of each warpgroup: with two the next row block's Q comes while this one's is in use, and its first
                 product is under way while O is finished
-    q_in_registers  Q is read from its tile once a row block, and not by every product
+    q_in_registers  columns of Q, by 16, that are read from its tile once a row block, and not by every product
     unroll      steps of the main loop that are laid out in a row, which saves moves between registers
     ping_pong   while one warpgroup multiplies, another takes its softmax
     overlap     Q Kᵀ of the next block is under way during the softmax of this one
@@ -67,7 +67,7 @@ class Switches:
     stages: int = 2
     o_apart: bool = False
     q_tiles: int = 1
-    q_in_registers: bool = False
+    q_in_registers: int = 0
     unroll: int = 2
     ping_pong: bool = True
     overlap: bool = True
@@ -77,20 +77,20 @@ class Switches:
 
 
 def chosen(problem, tile, device) -> Switches:
-    """The switches that are used: a tile for O and up to four stages, as they fit; the others as sweeps on an H100 found.
+    """The switches that are used: a tile for O and up to four stages, as they fit; else what was best in sweeps on an H100.
 
     Turns cost more than they bring where the softmax is cheap beside products (d > 64), and where a mask gives the
     warpgroups unequal work.
     """
     d, banded = padded(problem.d), problem.mask.banded
     if d <= 64 and tile.Br == 192:
-        found = Switches(ping_pong=True, q_in_registers=True, unroll=1)
+        found = Switches(ping_pong=True, q_in_registers=d // 16, unroll=1)
     elif d <= 64:
         found = Switches(ping_pong=not banded)
     else:
-        found = Switches(ping_pong=False, q_in_registers=banded and tile.Br == 128)
+        found = Switches(ping_pong=False, q_in_registers=d // 16 if banded and tile.Br == 128 else 0)
     if accumulators(d, tile, found) > ACCUMULATORS[tile.Br // WARPGROUP_ROWS]:
-        found = replace(found, q_in_registers=False)
+        found = replace(found, q_in_registers=0)
     choices = [replace(found, stages=n, o_apart=apart) for apart in (True, False) for n in (4, 3, 2)]
     fits = (s for s in choices if shared_bytes(d, tile, s) <= device.shared)
     return next(fits, choices[-1])

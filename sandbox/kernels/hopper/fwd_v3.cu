@@ -22,6 +22,7 @@
 constexpr int d = HEAD_DIM, Bc = TILE_BC, Br = 64 * WARPGROUPS;
 constexpr int PANELS = (d + 63) / 64;  // of a tile: 64 columns, 128 bytes wide
 constexpr int Q_BYTES = 64 * PANELS * 128, KV_PANEL = Bc * 128, KV_BYTES = PANELS * KV_PANEL;
+constexpr int HELD = Q_IN_REGISTERS;  // 16 columns of Q each, read once a row block; the others by every product
 constexpr bool EARLY = Q_TILES > 1;  // O is finished under the next row block's first product
 constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps, each of which releases a stage
 constexpr int THREADS = 128 * (WARPGROUPS + 1), LAUNCHED = 65536 / THREADS / 8 * 8;  // registers a thread starts with
@@ -115,7 +116,7 @@ struct Consumer {
     Softmax<LAZY> softmax;
     float rS[Bc / 2];  // S, then P̃  [64, Bc]
     u32 rP[Bc / 4];    // P̃ in 16 bits, two to a register
-    u32 rQ[Q_IN_REGISTERS ? d / 4 : 1];  // Q in 16 bits  [64, d]
+    u32 rQ[HELD ? 4 * HELD : 1];  // Q in 16 bits  [64, 16 HELD]
     float rO[d / 2];   // O  [64, d]
 
     DEVICE Consumer(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, u32 *marks, int warpgroup)
@@ -171,7 +172,7 @@ struct Consumer {
     DEVICE void begin(bool more) {
         if (more) {
             trace.enter(FOR_Q), Q.wait();
-            if (Q_IN_REGISTERS) take_Q(), Q.release(), Q.next();
+            take_Q();
             trace.enter(FOR_K), skip_K(), K.wait();
         }
         scores();
@@ -224,13 +225,15 @@ struct Consumer {
     // S_j is there.  If it was the last one, so that the next Q may come, too.
     DEVICE void release_K(int j) {
         K.release(), K.next();
-        if (!Q_IN_REGISTERS && j == w.first) Q.release(), Q.next();
+        if (HELD < d / 16 && j == w.first) Q.release(), Q.next();
     }
 
+    // Registers take what they have room for; if all, the next Q may come.
     DEVICE void take_Q() {
         const u32 sQ = shared_address(s.sQ[warpgroup][Q.stage]);
 #pragma unroll
-        for (int c = 0; c < d / 16; ++c) load_matrices(columns_at(sQ, c), rQ + 4 * c);
+        for (int c = 0; c < HELD; ++c) load_matrices(columns_at(sQ, c), rQ + 4 * c);
+        if (HELD == d / 16) Q.release(), Q.next();
     }
 
     // Where this lane's row of the c-th 16 columns of a tile [64, d] lies: its first 8 columns, or the others.
@@ -248,7 +251,7 @@ struct Consumer {
 #pragma unroll
         for (int c = 0; c < d / 16; ++c) {
             const int panel = c / 4, inside = c % 4 * NEXT_COLUMNS;
-            if (Q_IN_REGISTERS) Product<Bc, BF16>::columns(rS, rQ + 4 * c, k + panel * (KV_PANEL >> 4) + inside, c > 0);
+            if (c < HELD) Product<Bc, BF16>::columns(rS, rQ + 4 * c, k + panel * (KV_PANEL >> 4) + inside, c > 0);
             else Product<Bc, BF16>::tiles(rS, q, panel * (64 * 128 >> 4) + inside, k, panel * (KV_PANEL >> 4) + inside, c > 0);
         }
         products_commit();
