@@ -85,7 +85,7 @@ DEFECTS = {
     "a product never waited for": (
         CU, "        products_wait<0>(rS);\n        if (threadIdx", "        if (threadIdx", "never waited for",
     ),
-    "O finished while it is computed": (CU, "products_wait<EARLY ? 1 : 0>(rO);", "", None),
+    "O finished while it is computed": (CU, "products_wait<0>(rO);\n            V.release", "V.release", None),
 }  # fmt: skip
 APART = ("O overwritten while it leaves", "O never waited for", "Q given back while it is read")  # O has its own tile
 

@@ -17,6 +17,7 @@ from sandbox.choose import choose_tile
 from sandbox.kernels import fwd_v3
 from sandbox.mask import Mask
 from sandbox.measure import formulas, gate
+from sandbox.measure.cases import parse_tile
 from sandbox.problem import Problem
 from sandbox.variant import HOPPER, SIMULATOR, Infeasible, Tile, Unsupported
 
@@ -117,7 +118,7 @@ SWITCHED = [
     dict(ping_pong=False), dict(overlap=False), dict(ping_pong=False, overlap=False), dict(dynamic=False),
     dict(lazy=False), dict(persistent=False), dict(dynamic=False, persistent=False),
     dict(o_apart=False, stages=2), dict(o_apart=False, dynamic=False, stages=2),
-    dict(q_in_registers=4), dict(q_in_registers=1), dict(q_tiles=2, stages=2), dict(q_tiles=2, o_apart=False, stages=2),
+    dict(q_in_registers=4), dict(q_in_registers=1),
 ]  # fmt: skip
 
 
@@ -129,6 +130,17 @@ def test_exact_with_a_switch_turned(switches, N_q):
     verdict = gate.check(
         fwd_v3.turned(**switches), problem, TILE, gate.gaussian(problem, 0, target.torch_device()), target.device()
     )
+    assert verdict.passed, verdict.why
+
+
+@runs
+@pytest.mark.parametrize("ping_pong", [False, True])
+@pytest.mark.parametrize("tile, stages", [("256x64", 2), ("256x16", 2), ("256x32", 4), ("192x16", 2), ("192x112", 2)])
+def test_warpgroups_that_see_fewer_blocks_hold_up_nobody(tile, stages, ping_pong):
+    problem = Problem(1, 1, 1, 600, 600, 64, "fp16", mask=Mask(True))
+    variant = fwd_v3.turned(stages=stages, ping_pong=ping_pong)
+    inputs = gate.gaussian(problem, 0, target.torch_device())
+    verdict = gate.check(variant, problem, parse_tile(tile), inputs, target.device())
     assert verdict.passed, verdict.why
 
 

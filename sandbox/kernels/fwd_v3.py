@@ -16,7 +16,7 @@ from ..variant import Infeasible, Tile, Unsupported, Variant
 FILE = Path(__file__).parent / "hopper" / "fwd_v3.cu"
 WARPGROUP_ROWS, MOST_KEYS, PANEL = 64, 256, 64
 L2_BYTES = 32 << 20  # of K and V that are worked on at a time
-ACCUMULATORS = {2: 212, 3: 132, 4: 80}  # registers a thread has for its tiles, by warpgroups
+ACCUMULATORS = {2: 212, 3: 128, 4: 80}  # registers a thread has for its tiles, by warpgroups
 TILES = (
     *(Tile(Br, Bc) for Br in (128, 192) for Bc in (64, 80, 96, 112, 128, 144, 160, 176, 192)), Tile(256, 64),
 )  # fmt: skip
@@ -38,7 +38,7 @@ def shared_bytes(d: int, tile: Tile, switches: "Switches") -> int:
     """sQ and, where it is apart, sO [Br, d], sK and sV [Bc, d], in panels of 64 columns; and 3,072 bytes for barriers
     and to align them all."""
     columns = -(-d // PANEL) * PANEL
-    rows = (switches.q_tiles + switches.o_apart) * tile.Br + 2 * switches.stages * tile.Bc
+    rows = (1 + switches.o_apart) * tile.Br + 2 * switches.stages * tile.Bc
     return 2 * columns * rows + 3072
 
 
@@ -53,8 +53,6 @@ class Switches:
 
     stages      tiles of K and of V that are on their way or in use
     o_apart     O has a tile of its own; else it leaves through V's, and the next V waits
-    q_tiles     of each warpgroup: with two the next row block's Q comes while this one's is in use, and its first
-                product is under way while O is finished
     q_in_registers  columns of Q, by 16, that are read from its tile once a row block, and not by every product
     unroll      steps of the main loop that are laid out in a row, which saves moves between registers
     ping_pong   while one warpgroup multiplies, another takes its softmax
@@ -66,7 +64,6 @@ class Switches:
 
     stages: int = 2
     o_apart: bool = False
-    q_tiles: int = 1
     q_in_registers: int = 0
     unroll: int = 2
     ping_pong: bool = True
@@ -77,7 +74,7 @@ class Switches:
 
 
 def chosen(problem, tile, device) -> Switches:
-    """The switches that are used: a tile for O and up to four stages, as they fit; else what was best in sweeps on an H100.
+    """The switches that are used: a tile for O and up to four stages, as they fit; else what sweeps on an H100 said.
 
     Turns cost more than they bring where the softmax is cheap beside products (d > 64), and where a mask gives the
     warpgroups unequal work.
@@ -88,9 +85,9 @@ def chosen(problem, tile, device) -> Switches:
     elif d <= 64:
         found = Switches(ping_pong=not banded)
     else:
-        found = Switches(ping_pong=False, q_in_registers=d // 16 if banded and tile.Br == 128 else 0)
-    if accumulators(d, tile, found) > ACCUMULATORS[tile.Br // WARPGROUP_ROWS]:
-        found = replace(found, q_in_registers=0)
+        found = Switches(ping_pong=False, q_in_registers=d // 16 if banded and d <= 128 and tile.Br == 128 else 0)
+    room = ACCUMULATORS[tile.Br // WARPGROUP_ROWS] - accumulators(d, tile, replace(found, q_in_registers=0))
+    found = replace(found, q_in_registers=max(0, min(found.q_in_registers, room // 4)))
     choices = [replace(found, stages=n, o_apart=apart) for apart in (True, False) for n in (4, 3, 2)]
     fits = (s for s in choices if shared_bytes(d, tile, s) <= device.shared)
     return next(fits, choices[-1])

@@ -10,7 +10,7 @@
 //     DYNAMIC    a block that is free takes the next row block, and not each gridDim.x-th
 //     LAZY       O is rescaled only where the maximum has grown a lot
 //
-// Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES (of K and of V), Q_TILES (a warpgroup), BF16, BANDED (causal,
+// Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES (of K and of V), BF16, BANDED (causal,
 // window), SCORED (scaled before the softmax), O_APART (O has a tile of its own; else it leaves through V's, and the next V
 // waits), the switches; TRACE (trace.cuh).
 #include "pipeline.cuh"
@@ -23,7 +23,6 @@ constexpr int d = HEAD_DIM, Bc = TILE_BC, Br = 64 * WARPGROUPS;
 constexpr int PANELS = (d + 63) / 64;  // of a tile: 64 columns, 128 bytes wide
 constexpr int Q_BYTES = 64 * PANELS * 128, KV_PANEL = Bc * 128, KV_BYTES = PANELS * KV_PANEL;
 constexpr int HELD = Q_IN_REGISTERS;  // 16 columns of Q each, read once a row block; the others by every product
-constexpr bool EARLY = Q_TILES > 1;  // O is finished under the next row block's first product
 constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps, each of which releases a stage
 constexpr int THREADS = 128 * (WARPGROUPS + 1), LAUNCHED = 65536 / THREADS / 8 * 8;  // registers a thread starts with
 constexpr int TAKEN = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : d <= 64 ? 232 : 240;  // registers a consumer has,
@@ -32,11 +31,11 @@ static_assert(GIVEN + WARPGROUPS * TAKEN <= (WARPGROUPS + 1) * LAUNCHED, "more w
 static_assert(O_APART || STAGES * Bc >= Br, "O has no room among the tiles of V");
 
 struct Shared {
-    alignas(1024) unsigned char sQ[WARPGROUPS][Q_TILES][Q_BYTES];  // [64, d] each
+    alignas(1024) unsigned char sQ[WARPGROUPS][Q_BYTES];  // [64, d] each
     alignas(1024) unsigned char sO[O_APART ? WARPGROUPS : 1][O_APART ? Q_BYTES : 1024];
     alignas(1024) unsigned char sK[STAGES][KV_BYTES];  // [Bc, d]
     alignas(1024) unsigned char sV[STAGES][KV_BYTES];  // [Bc, d]
-    u64 Q[WARPGROUPS][2 * Q_TILES], K[2 * STAGES], V[2 * STAGES], told[2], O_here[1];  // barriers
+    u64 Q[WARPGROUPS][2], K[2 * STAGES], V[2 * STAGES], told[2], O_here[1];  // barriers
     Work slot;
 };
 
@@ -44,7 +43,7 @@ struct Shared {
 
 // Four warps with a job each: none waits for what another waits for.
 DEVICE void bring_Q(Shared &s, const TensorMap &map) {
-    Ring<Q_TILES> ring(s.Q[0]);
+    Ring<1> ring(s.Q[0]);
     Next next{&s.slot, s.told};
     for (Work w; next.hear(w, 1); ring.next()) {
         next.heard();
@@ -53,7 +52,7 @@ DEVICE void bring_Q(Shared &s, const TensorMap &map) {
             ring.barriers = shared_address(s.Q[g]);
             ring.acquire();
             ring.announce(Q_BYTES);
-            const u32 tile = shared_address(s.sQ[g][ring.stage]);
+            const u32 tile = shared_address(s.sQ[g]);
 #pragma unroll 1
             for (int p = 0; p < PANELS; ++p)
                 copy_in(tile + p * (64 * 128), map, ring.full(), 64 * p, w.i0 + 64 * g, w.head, w.batch, EVICT_FIRST);
@@ -104,7 +103,7 @@ struct Consumer {
     float *LSE;
     const Shape &shape;
     const int warpgroup, warp, lane;
-    Ring<Q_TILES> Q{s.Q[warpgroup]};
+    Ring<1> Q{s.Q[warpgroup]};
     Ring<STAGES> K{s.K}, V{s.V};
     Turns<WARPGROUPS, PING_PONG> turn{warpgroup};
     Trace trace;
@@ -132,12 +131,12 @@ struct Consumer {
 #pragma unroll
             for (int e = 0; e < d / 2; ++e) rO[e] = 0.f;
             attend();
-            const Work done = w;
-            if (EARLY) more = hear(next), begin(more);
-            trace.enter(FOR_O), products_wait<EARLY ? 1 : 0>(rO);
+            trace.enter(FOR_O), products_wait<0>(rO);
             V.release(), V.next();
-            finish(done);
-            if (!EARLY) more = hear(next), begin(more);
+            finish();
+            const Work done = w;
+            more = hear(next);
+            begin(more);
             tell(done);  // under the next rows' first product
         }
         trace.leave();
@@ -153,13 +152,14 @@ struct Consumer {
         row = i0 + 16 * warp + lane / 4;
         if (BANDED) {
             const int seen = min(i0 + 64, shape.N_q) + shape.hi;  // keys before this one
-            const int end = max(min(w.end, (seen + Bc - 1) / Bc), w.first + 1);
-            skipped = w.end - end, w.end = end;
+            const int end = max((seen + Bc - 1) / Bc, w.first + 1);
+            skipped = max(0, min(w.end - end, STAGES - 1)), w.end -= skipped;
         }
         return more;
     }
 
-    // The last blocks, which only rows of other warpgroups see, and the turns at them.
+    // The last blocks, which only rows of other warpgroups see, and the turns at them.  No more than come whatever this
+    // warpgroup does: it waits for them one by one, and the others for their release.
     DEVICE void skip_K() {
         for (int n = 0; n < skipped; ++n) K.skip(), turn.wait(), turn.pass();
     }
@@ -230,7 +230,7 @@ struct Consumer {
 
     // Registers take what they have room for; if all, the next Q may come.
     DEVICE void take_Q() {
-        const u32 sQ = shared_address(s.sQ[warpgroup][Q.stage]);
+        const u32 sQ = shared_address(s.sQ[warpgroup]);
 #pragma unroll
         for (int c = 0; c < HELD; ++c) load_matrices(columns_at(sQ, c), rQ + 4 * c);
         if (HELD == d / 16) Q.release(), Q.next();
@@ -245,7 +245,7 @@ struct Consumer {
     // S = Q Kᵀ  [64, Bc]
     DEVICE void scores() {
         trace.enter(QK);
-        const u64 q = by_columns(shared_address(s.sQ[warpgroup][Q.stage]));
+        const u64 q = by_columns(shared_address(s.sQ[warpgroup]));
         const u64 k = by_columns(shared_address(s.sK[K.stage]));
         products_begin();
 #pragma unroll
@@ -304,7 +304,7 @@ struct Consumer {
     }
 
     // O = diag(l)⁻¹ O
-    DEVICE void finish(const Work &w) {
+    DEVICE void finish() {
         trace.enter(FINISH);
         softmax.join();
 #pragma unroll
@@ -355,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Shared &s = *reinterpret_cast<Shared *>((reinterpret_cast<u64>(shared_memory()) + 1023) / 1024 * 1024);
     if (threadIdx.x == 0) {
         prefetch(Q), prefetch(K), prefetch(V), prefetch(O);
-        for (int g = 0; g < WARPGROUPS; ++g) Ring<Q_TILES>::init(s.Q[g], 4);
+        for (int g = 0; g < WARPGROUPS; ++g) Ring<1>::init(s.Q[g], 4);
         Ring<STAGES>::init(s.K, CONSUMERS);
         Ring<STAGES>::init(s.V, CONSUMERS);
         Ring<1>::init(s.told, CONSUMERS + 3);
