@@ -46,7 +46,7 @@ IDEAS = {  # in the words of the answer
     "not persistent": "blocks that stay", "2 stages": "as many stages as fit, not 2",
     "3 stages": "as many stages as fit, not 3",
 }  # fmt: skip
-TILES, SMALL = (Tile(128, 128), Tile(128, 176)), (Tile(128, 64),)  # on a GPU, with the usual one; emulated
+TILES, SMALL = (Tile(128, 128), Tile(192, 80)), (Tile(128, 64),)  # on a GPU, with the usual one; emulated
 MOST_STAGES = (4, 3, 2)
 BUDGET_S = 0.1  # of launches a point
 

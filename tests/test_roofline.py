@@ -73,7 +73,7 @@ def test_exps_are_those_that_the_kernel_evaluates(name, device, monkeypatch):
         return counted
 
     monkeypatch.setattr(module, "exp", counting(module.exp))
-    monkeypatch.setattr("sandbox.device.softmax.exp2", counting(np.exp2))
+    monkeypatch.setattr("sandbox.device.softmax.exp", counting(np.exp))
     if variant.direction == "softmax":
         shape, tile = Rows(4, 64), None
         assert gate.check_softmax(variant, torch.randn(4, 64), device).passed

@@ -18,10 +18,8 @@ TENSOR_FLOPS = 4096  # dense 16-bit FLOPs a cycle of a Hopper multiprocessor
 
 
 def sentence(name: str, found: Hidden) -> str:
-    return (
-        f"{name}: {found.either:.0%} of the softmax runs under products: {found.own:.0%} under the warpgroup's own, "
-        f"{found.others:.0%} under another's"
-    )
+    own, others = f"{found.own:.0%} the warpgroup's own", f"{found.others:.0%} another's"
+    return f"{found.either:.0%} of {name}'s softmax runs under products: {own}, {others}"
 
 
 def table(blocks: list[list[Track]]) -> str:

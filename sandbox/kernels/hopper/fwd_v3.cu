@@ -233,7 +233,10 @@ struct Consumer {
         const u32 sQ = shared_address(s.sQ[warpgroup]);
 #pragma unroll
         for (int c = 0; c < HELD; ++c) load_matrices(columns_at(sQ, c), rQ + 4 * c);
-        if (HELD == d / 16) Q.release(), Q.next();
+        if (HELD == d / 16) {
+            __syncwarp(~0u);  // all lanes have read
+            Q.release(), Q.next();
+        }
     }
 
     // Where this lane's row of the c-th 16 columns of a tile [64, d] lies: its first 8 columns, or the others.
