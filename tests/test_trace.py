@@ -107,6 +107,17 @@ def test_a_traced_build_is_exact_and_tells_every_product(tmp_path):
     assert trace_report.table(blocks) and len(trace_report.say("fwd_v3", blocks, TILE, 64)) >= 2
 
 
+@pytest.mark.skipif(SIMULATED and emulator.compiler() is None, reason="no C++ compiler on this machine")
+@pytest.mark.skipif(not SIMULATED and torch.cuda.get_device_capability()[0] != 9, reason="no Hopper GPU")
+def test_more_blocks_than_there_is_room_for_are_refused():
+    device, problem = target.device(), Problem(1, 2, 2, 200, 200, 64, "fp16")
+    left = torch.zeros(3, 2, 64, 2, dtype=torch.int32, device=target.torch_device())
+    variant = fwd_v3.traced(left, persistent=False)  # four row blocks, a block each
+    with pytest.raises(ValueError, match="room for 3 blocks: 4 are launched"):
+        gate.check(variant, problem, TILE, gate.gaussian(problem, 0, target.torch_device()), device)
+    assert not left.any()
+
+
 @pytest.mark.parametrize(
     "words, told",
     [

@@ -162,6 +162,8 @@ def build(problem, tile, device, marks=None, **turned):
         blocks = B * H * -(-N_q // tile.Br)
         if switches.persistent:
             blocks = min(device.sms, blocks)
+        if marks is not None and blocks > len(marks):
+            raise ValueError(f"marks has room for {len(marks)} blocks: {blocks} are launched")
         run = scored if problem.softcap > 0 or problem.scale <= 0 else plain
         run(
             blocks, Panels("Q", addressable(Q), WARPGROUP_ROWS),

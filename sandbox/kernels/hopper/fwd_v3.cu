@@ -10,9 +10,9 @@
 //     DYNAMIC    a block that is free takes the next row block, and not each gridDim.x-th
 //     LAZY       O is rescaled only where the maximum has grown a lot
 //
-// Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES (of K and of V), BF16, BANDED (causal,
-// window), SCORED (scaled before the softmax), O_APART (O has a tile of its own; else it leaves through V's, and the next V
-// waits), the switches; TRACE (trace.cuh).
+// Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES (of K and of V), BF16, BANDED (causal, window), SCORED (scaled
+// before the softmax), O_APART (O has a tile of its own; else it leaves through V's, and the next V waits),
+// Q_IN_REGISTERS (so many times 16 columns), UNROLL (steps in a row), the switches; TRACE (trace.cuh).
 #include "pipeline.cuh"
 #include "scheduler.cuh"
 #include "softmax.cuh"
@@ -22,7 +22,7 @@
 constexpr int d = HEAD_DIM, Bc = TILE_BC, Br = 64 * WARPGROUPS;
 constexpr int PANELS = (d + 63) / 64;  // of a tile: 64 columns, 128 bytes wide
 constexpr int Q_BYTES = 64 * PANELS * 128, KV_PANEL = Bc * 128, KV_BYTES = PANELS * KV_PANEL;
-constexpr int HELD = Q_IN_REGISTERS;  // 16 columns of Q each, read once a row block; the others by every product
+constexpr int HELD = Q_IN_REGISTERS;  // 16 columns of Q each, read once a row block; every product reads the others
 constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps, each of which releases a stage
 constexpr int THREADS = 128 * (WARPGROUPS + 1), LAUNCHED = 65536 / THREADS / 8 * 8;  // registers a thread starts with
 constexpr int TAKEN = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : d <= 64 ? 232 : 240;  // registers a consumer has,
@@ -87,7 +87,8 @@ DEVICE void bring(Shared &s, unsigned char (&tiles)[STAGES][KV_BYTES], u64 *barr
             O_here.wait(), O_here.next();
 #pragma unroll 1
             for (int t = 0; t < WARPGROUPS * PANELS; ++t)
-                copy_out(O, shared_address(s.sV) + t * (64 * 128), t % PANELS * 64, w.i0 + t / PANELS * 64, w.head, w.batch);
+                copy_out(O, shared_address(s.sV) + t * (64 * 128), t % PANELS * 64, w.i0 + t / PANELS * 64, w.head,
+                         w.batch);
             copies_out_commit();
             copies_out_read();
         }
@@ -113,10 +114,10 @@ struct Consumer {
     int row;          // this thread's first row; its second is 8 further
     float unit;       // of S, in powers of 2
     Softmax<LAZY> softmax;
-    float rS[Bc / 2];  // S, then P̃  [64, Bc]
-    u32 rP[Bc / 4];    // P̃ in 16 bits, two to a register
+    float rS[Bc / 2];             // S, then P̃  [64, Bc]
+    u32 rP[Bc / 4];               // P̃ in 16 bits, two to a register
     u32 rQ[HELD ? 4 * HELD : 1];  // Q in 16 bits  [64, 16 HELD]
-    float rO[d / 2];   // O  [64, d]
+    float rO[d / 2];              // O  [64, d]
 
     DEVICE Consumer(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, u32 *marks, int warpgroup)
         : s(s), O(O), LSE(LSE), shape(shape), warpgroup(warpgroup), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32),
@@ -222,7 +223,7 @@ struct Consumer {
         take_P();
     }
 
-    // S_j is there.  If it was the last one, so that the next Q may come, too.
+    // S_j is there, so that the next K may come; if it was the last one, the next Q, too.
     DEVICE void release_K(int j) {
         K.release(), K.next();
         if (HELD < d / 16 && j == w.first) Q.release(), Q.next();
@@ -254,8 +255,9 @@ struct Consumer {
 #pragma unroll
         for (int c = 0; c < d / 16; ++c) {
             const int panel = c / 4, inside = c % 4 * NEXT_COLUMNS;
-            if (c < HELD) Product<Bc, BF16>::columns(rS, rQ + 4 * c, k + panel * (KV_PANEL >> 4) + inside, c > 0);
-            else Product<Bc, BF16>::tiles(rS, q, panel * (64 * 128 >> 4) + inside, k, panel * (KV_PANEL >> 4) + inside, c > 0);
+            const int in_Q = panel * (64 * 128 >> 4) + inside, in_K = panel * (KV_PANEL >> 4) + inside;
+            if (c < HELD) Product<Bc, BF16>::columns(rS, rQ + 4 * c, k + in_K, c > 0);
+            else Product<Bc, BF16>::tiles(rS, q, in_Q, k, in_K, c > 0);
         }
         products_commit();
     }
@@ -306,7 +308,7 @@ struct Consumer {
                 if (column_of(e, 0) < row + 8 * row_of(e) - key + shape.lo) rS[e] = NEG_INF;
     }
 
-    // O = diag(l)⁻¹ O
+    // O = diag(l)⁻¹ O, to its tile and out
     DEVICE void finish() {
         trace.enter(FINISH);
         softmax.join();
@@ -331,8 +333,9 @@ struct Consumer {
         async_fence();
         named_sync(name, 128);
         if (threadIdx.x % 128 == 0) {
-            if (!O_APART) barrier_arrive(shared_address(s.O_here));
-            if (O_APART) {
+            if (!O_APART) {
+                barrier_arrive(shared_address(s.O_here));
+            } else {
                 for (int p = 0; p < PANELS; ++p)
                     copy_out(O, sO + p * 64 * 128, 64 * p, w.i0 + 64 * warpgroup, w.head, w.batch);
                 copies_out_commit();

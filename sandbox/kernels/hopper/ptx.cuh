@@ -106,7 +106,9 @@ DEVICE void give_registers() {
 DEVICE int uniform(u32 lanes, int x) { return __reduce_max_sync(lanes, x); }
 
 // What lane 0, one of these, reads at x: for all of them, in a uniform register.
-DEVICE int first_lane(u32 lanes, const int &x) { return uniform(lanes, lanes == 1 || threadIdx.x % 32 == 0 ? x : -0x7FFFFFFF); }
+DEVICE int first_lane(u32 lanes, const int &x) {
+    return uniform(lanes, lanes == 1 || threadIdx.x % 32 == 0 ? x : -0x7FFFFFFF);
+}
 
 // Before the first product of a batch: what was written to its registers is there.
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -127,7 +129,7 @@ DEVICE void products_wait(float (&rC)[Size]) {
     settled(rC);  // nobody reads rC before the wait
 }
 
-// ---- clocks ------------------------------------------------------------------------------------------------------------
+// ---- clocks --------------------------------------------------------------------------------------------------------
 
 DEVICE u32 cycles() {  // of this multiprocessor
     u32 t;

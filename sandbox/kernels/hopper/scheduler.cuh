@@ -56,8 +56,8 @@ struct Next {
     Work *slot;
     Ring<1> told;
 
-    // The first of these lanes reads, which also gives the slot back; all have it, in uniform registers: what follows from
-    // it is computed once a warp.
+    // The first of these lanes reads, which also gives the slot back; all have it, in uniform registers: what follows
+    // from it is computed once a warp.
     DEVICE bool hear(Work &work, u32 lanes = ~0u) {
         told.wait();
         work = {first_lane(lanes, slot->i0), first_lane(lanes, slot->head), first_lane(lanes, slot->kv_head),

@@ -11,7 +11,9 @@
 #endif
 
 // FOR_x: waits for x.  The order is that of sandbox/measure/trace.py.
-enum State { NONE, NANOSECONDS, FOR_WORK, FOR_Q, FOR_K, FOR_TURN, QK, FOR_V, PV, FOR_S, SOFTMAX, FOR_O, PACK, FINISH, END };
+enum State {
+    NONE, NANOSECONDS, FOR_WORK, FOR_Q, FOR_K, FOR_TURN, QK, FOR_V, PV, FOR_S, SOFTMAX, FOR_O, PACK, FINISH, END
+};
 
 struct Trace {
     u32 *to, *end;

@@ -83,8 +83,8 @@ constexpr int NEXT_ROWS = 2048 >> 4;
 #define OPERANDS_TO_128(c) OPERANDS_TO_120(c), EIGHT(c, 120)
 
 // Product<N, Bf16>::tiles(rC, A, a, B, b, add): A and B in shared memory, both by columns; rC = A Bᵀ, or += where add.
-//     They start at the descriptors A + a and B + b.  Sums that the compiler sees it takes out of loops, and 16 of Q alone
-//     are more than uniform registers hold: moving them there made d = 256 slower.
+//     They start at the descriptors A + a and B + b.  Sums that the compiler sees it takes out of loops, and at d = 256 those
+//     of Q alone are more than uniform registers hold: a move into one would stand before each product.
 // Product<N, Bf16>::columns(rC, rA, B, add): A in registers, B in shared memory by columns; the same.
 // Product<N, Bf16>::rows(rC, rA, B): A in registers, B in shared memory by rows; rC += A B.
 template <int N, bool Bf16>
