@@ -11,11 +11,13 @@ from __future__ import annotations
 import ctypes
 import dis
 import functools
+import gc
 import importlib.metadata
 import os
 import re
 import threading
 import types as python_types
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -101,11 +103,18 @@ def signature(args) -> tuple:
     )  # fmt: skip
 
 
-def kernel(function, argument_types: tuple, threads: int, arch: str = "sm_90a") -> Binary:
+capability = 9, 0  # of the GPU that is compiled for where none is seen
+
+
+def architecture() -> str:
+    """Of torch's current GPU; where none is seen, of `capability`."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else capability
+    return f"sm_{major}{minor}" + "a" * (major == 9)
+
+
+def kernel(function, argument_types: tuple, threads: int) -> Binary:
     """The binary of a kernel for these argument types and threads a block, from the cache or compiled now."""
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        arch = f"sm_{major}{minor}" + "a" * (major == 9)
+    arch = architecture()
     file = file_of(function.__name__, (_fingerprint(function), argument_types, threads, arch, _versions()))
     with _lock:
         if (kept := read(file)) is not None:
@@ -118,9 +127,10 @@ def kernel(function, argument_types: tuple, threads: int, arch: str = "sm_90a") 
 def _compile(function, argument_types, threads, arch) -> Binary:
     _compile_without_gpu()
     cc = tuple(int(x) for x in re.match(r"sm_(\d+)(\d)", arch).groups()) + (("a",) if arch.endswith("a") else ())
-    ptx, _ = cuda.compile(
-        function, types.void(*argument_types), device=False, abi="numba", cc=cc, output="ptx", launch_bounds=threads
-    )
+    with _uncollected():
+        ptx, _ = cuda.compile(
+            function, types.void(*argument_types), device=False, abi="numba", cc=cc, output="ptx", launch_bounds=threads
+        )
     entry = re.search(r"\.entry (\S+)\(", ptx).group(1)
     source = ptx.encode()
     handle = nvjitlink.create(3, [f"-arch={arch}", "-O3", "-verbose"])
@@ -139,15 +149,36 @@ def _compile(function, argument_types, threads, arch) -> Binary:
     return Binary(bytes(cubin), report)
 
 
+@contextmanager
+def _uncollected():
+    """Without the garbage collector: Numba makes so many objects that it takes a quarter of a compilation."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @functools.cache
 def _compile_without_gpu() -> None:
-    """numba-cuda asks for the current device to type a call of a device function; any Hopper answers."""
+    """numba-cuda asks for the current device to type a call of a device function: `capability` answers."""
     if "numba_cuda" not in cuda.__file__:
         raise RuntimeError("numba's built-in cuda was imported instead of numba-cuda: pip install 'numba-cuda[cu13]'")
     if not torch.cuda.is_available():
         from numba.cuda import dispatcher
 
-        dispatcher.get_current_device = lambda: python_types.SimpleNamespace(compute_capability=(9, 0))
+        dispatcher.get_current_device = lambda: python_types.SimpleNamespace(compute_capability=capability)
+
+
+def warm_up() -> None:
+    """Compiles something small and throws it away: the first kernel of a process takes half a second more."""
+
+    def kernel(X):
+        X[cuda.grid(1)] = 0.0
+
+    _compile(kernel, (types.Array(types.float32, 1, "A"),), 32, architecture())
 
 
 @functools.cache
