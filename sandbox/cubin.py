@@ -11,6 +11,8 @@ import json
 import os
 import re
 import tempfile
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,8 +51,25 @@ def file_of(name: str, key: tuple) -> Path:
     return cache_folder() / f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.cubin"
 
 
+class Missing(LookupError):
+    """A kernel that is not in the cache, where nothing is to be compiled."""
+
+
+_only_kept = ContextVar("only_kept", default=False)
+
+
+@contextmanager
+def only_kept():
+    """Inside, a kernel that is not in the cache raises Missing, and is not compiled."""
+    token = _only_kept.set(True)
+    try:
+        yield
+    finally:
+        _only_kept.reset(token)
+
+
 def read(file: Path) -> tuple[bytes, Report] | None:
-    """The cubin and its report; None where there is no such file, or a broken one."""
+    """The cubin and its report; None where there is no such file, or a broken one.  Raises Missing inside only_kept."""
     try:
         header, _, cubin = file.read_bytes().partition(b"\n")
         header = json.loads(header)
@@ -58,7 +77,16 @@ def read(file: Path) -> tuple[bytes, Report] | None:
             return cubin, Report(**header)
     except (OSError, ValueError, KeyError, TypeError):
         pass
+    if _only_kept.get():
+        raise Missing(file.name)
     return None
+
+
+def adopt(folder: Path) -> None:
+    """The kernels of another folder are in the cache, too."""
+    for file in Path(folder).glob("*.cubin"):
+        if (kept := read(file)) is not None:
+            write(cache_folder() / file.name, *kept)
 
 
 def write(file: Path, cubin: bytes, report: Report) -> None:

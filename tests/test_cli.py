@@ -213,6 +213,23 @@ def test_the_package_has_no_broken_file():
     assert not [file for file in catalog.broken() if file.parent == catalog.PACKAGE]
 
 
+# -------------------------------------------------------------------------------------------------------------- watch
+
+
+def test_watch_gives_a_verdict_after_every_save(folder):
+    text = prototype.create("my_idea", "softmax_safe", folder).read_text()
+    file = written(folder, "my_idea", text.partition("VARIANT")[0] + "VARIANT = (\n")
+    words = [sys.executable, "-m", "sandbox", "watch", "my_idea", "--rounds", "2"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as watching:
+        said = []
+        for line in watching.stdout:
+            said.append(line)
+            if line.startswith("--- no verdict"):
+                file.write_text(text)
+    assert "".join(said).count("SyntaxError") == 1
+    assert said[-1].startswith("--- passed") and "after the save" in said[-1]
+
+
 # ------------------------------------------------------------------------------------------------------------- doctor
 
 

@@ -140,9 +140,8 @@ def run(points, device, folders: list[Path], fresh: bool) -> list[dict]:
     stamp["versions"] = stamp["versions"] | rivals.versions()
     stamp["driver"] = stamp["versions"].get("driver")
     rows, done, resumed = [], 0, 0
-    if len(points) > 1:
-        click.echo("compiling in fresh processes, to time it", err=True)
-        bench.compile_all(points, device)
+    click.echo("compiling in fresh processes, to time it", err=True)
+    bench.compile_all(points, device)
     try:
         with tqdm(total=len(points), unit="point", desc="bench", disable=None) as bar:
             for point in points:

@@ -42,8 +42,8 @@ def COMMAND(ctx, name, quick, seconds, seed, dtype, tile, problem, fill, layout,
     """
     os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "sandbox-hypothesis"))
     from .. import catalog, target
+    from ..measure import ahead, search
     from ..measure import sanitize as sanitizer
-    from ..measure import search
     from ..measure.cases import Case, parse_problem, parse_tile
 
     variant, device = catalog.find(name), target.device()
@@ -65,6 +65,9 @@ def COMMAND(ctx, name, quick, seconds, seed, dtype, tile, problem, fill, layout,
                 raise click.UsageError(f"{option} belongs to --problem, which is not given")
         seed = secrets.randbits(32) if seed is None else seed
         with Progress() as progress:
+            if not device.simulated:
+                wanted = ahead.of_spread(variant, device, quick=quick, dtype=dtype, tile=tile)
+                ahead.compile_all(wanted, device, progress=lambda done, of: progress("compiling", done, of))
             report = search.search(
                 variant, device, seconds=seconds, seed=seed, quick=quick, dtype=dtype, tile=tile, progress=progress
             )

@@ -2,13 +2,17 @@
 
 Each round is a process of its own, so that nothing of an earlier version is left.  The process of the next round is
 started at once and waits, everything but the kernels imported: from a save to its verdict nobody waits for imports.
+On a GPU the same goes for the processes that compile, one for each kernel that a round takes.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import click
@@ -17,6 +21,7 @@ from ._path import PATH
 
 POLL_S = 0.1
 READY = "go\n"
+COMPILED = 3  # kernels of a round: of the check two (of a softmax three), and the parent's
 
 
 @click.command("watch")
@@ -54,9 +59,8 @@ def COMMAND(ctx, name, bench, rounds, one_round, path):
         click.echo(f"\nwatched {done} rounds")
     finally:
         for process in (waiting, locals().get("running")):
-            if process is not None and process.poll() is None:
-                process.kill()
-                process.wait()
+            if process is not None:
+                _kill(process)
 
 
 def _files_of(name: str) -> list[Path]:
@@ -87,9 +91,16 @@ def _finish(process: subprocess.Popen) -> int:
     try:
         process.communicate(READY)
     except KeyboardInterrupt:
-        process.kill()
+        _kill(process)
         raise
     return process.returncode
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Kills a round, and the processes that compile for it."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 # ---- one round, in a process of its own -----------------------------------------------------------------------------
@@ -97,12 +108,18 @@ def _finish(process: subprocess.Popen) -> int:
 
 def _round(name: str, bench: bool) -> int:
     from .. import catalog, target
-    from ..measure import search, timing  # noqa: F401  imported while nobody waits
+    from ..measure import ahead, search, timing  # noqa: F401  imported while nobody waits
     from .check import COMMAND as check
 
-    device = target.device()
-    if sys.stdin.readline() != READY:
-        return 2
+    device, gpu = target.device(), target.KIND == "gpu"
+    with ExitStack() as stack:
+        waiting = [stack.enter_context(ahead.Process()) for _ in range(COMPILED * gpu)]
+        if gpu:
+            _warm_up(device)
+        if sys.stdin.readline() != READY:
+            return 2
+        if gpu:
+            ahead.compile_all(_wanted(name, bench, device), device, waiting)
     for file, reason in catalog.broken().items():
         if file.stem == name:
             click.echo(reason)
@@ -117,24 +134,62 @@ def _round(name: str, bench: bool) -> int:
     return code
 
 
+def _warm_up(device) -> None:
+    """A kernel that does nothing is judged on what a check begins with: what that loads on the GPU is there then."""
+    from ..measure import gate
+    from ..measure.spread import spread
+    from ..variant import Tile, Variant
+
+    for direction in ("fwd", "bwd"):
+        idle = Variant(
+            "idle", direction, "", lambda *_: None, lambda *_: lambda *_: None, usual=lambda *_: Tile(1, 1)
+        )  # fmt: skip
+        with suppress(RuntimeError):  # no memory, for instance: where it matters it is told
+            for case in spread(idle, device, quick=True):
+                gate.check(idle, case.problem, case.tile, case.make(), device)
+
+
+def _wanted(name: str, bench: bool, device) -> list:
+    """The kernels that a round takes; where the kernel's file raises, fewer: then the check tells why."""
+    from .. import catalog
+    from ..measure import ahead
+    from ..measure.spread import tile_of
+
+    found = []
+    with suppress(Exception):
+        variant = catalog.find(name)
+        found += ahead.of_spread(variant, device, quick=True)
+        if bench and variant.direction != "softmax":
+            problem, timed = _timed(variant)
+            found += [ahead.Wanted(one.name, problem.kind, tile_of(one, problem, device)) for one in timed]
+    return found
+
+
+def _timed(variant) -> tuple:
+    """The problem that a kernel is timed on, and the kernels: it and its parent."""
+    from .. import catalog
+    from ..measure.spread import BENCHED
+    from ..problem import Problem
+
+    dtype = "fp16" if "fp16" in variant.dtypes else variant.dtypes[0]
+    parents = [catalog.find(variant.parent)] if variant.parent else []
+    return Problem(**BENCHED, d=64, dtype=dtype), [variant, *parents]
+
+
 def _bench(name: str, device) -> str:
     """A kernel's time beside its parent's, both gated and timed in this run, in a line."""
     from .. import catalog, target
     from ..measure import gate, timing
-    from ..measure.spread import BENCHED, tile_of
-    from ..problem import Problem
+    from ..measure.spread import tile_of
     from ..variant import Infeasible
 
     variant = catalog.find(name)
     if variant.direction == "softmax":
         return "not timed: watch times forward and backward kernels only"
-    dtype = "fp16" if "fp16" in variant.dtypes else variant.dtypes[0]
-    problem = Problem(**BENCHED, d=64, dtype=dtype)
+    problem, timed = _timed(variant)
     inputs = gate.gaussian(problem, 0, target.torch_device())
     told, times = [], {}
-    for one in (variant, catalog.find(variant.parent) if variant.parent else None):
-        if one is None:
-            continue
+    for one in timed:
         try:
             verdict = gate.check(one, problem, tile_of(one, problem, device), inputs, device)
         except Infeasible as misfit:

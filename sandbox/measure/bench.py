@@ -9,23 +9,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from .. import catalog, reference, target
+from .. import catalog, cubin, reference, target
 from ..choose import choose_tile
 from ..mask import Mask
 from ..problem import DTYPES, Problem
 from ..variant import Device, Infeasible, Tile
-from . import gate, locate, rivals, timing
+from . import ahead, gate, locate, rivals, timing
 
 OURS = "sandbox:"
 PAPER_TOKENS, PAPER_WIDTH = 16384, 2048  # B·N, H·d of every point
@@ -106,7 +103,7 @@ def measure(point: Point, device: Device) -> list[dict]:
         row["of_ceiling"] = row["tflops"] / ceiling(point.problem.dtype)
     for row, provider in zip(rows, point.providers, strict=True):
         if row["ms"] and provider.startswith(OURS):
-            row |= compile_seconds(provider.removeprefix(OURS), point.problem.kind, Tile(row["Br"], row["Bc"]))
+            row |= compile_seconds(provider.removeprefix(OURS), point.problem.kind, Tile(row["Br"], row["Bc"]), device)
     return rows
 
 
@@ -196,49 +193,16 @@ def blocks_per_sm(registers: int, threads: int, shared: int) -> int:
     return min(by_registers, 233_472 // (shared + 1024), 64 // warps, 32)
 
 
-COMPILE = """
-import sys, time
-import torch
-import sandbox.device.compile
-from sandbox import catalog
-from sandbox.device.launch import compiling
-from sandbox.measure.cases import parse_problem, parse_tile
-from sandbox.variant import HOPPER
-variant, p, tile = catalog.find(sys.argv[1]), parse_problem(sys.argv[2]), parse_tile(sys.argv[3])
-def X(*shape, dtype=torch.float32):
-    return torch.empty(*shape, dtype=dtype, device="meta")
-Q, K = X(p.B, p.N_q, p.H, p.d, dtype=p.torch_dtype), X(p.B, p.N_k, p.H_kv, p.d, dtype=p.torch_dtype)
-mask, LSE = X(p.B, p.H, p.N_q, p.N_k, dtype=torch.bool), X(p.B, p.H, p.N_q)
-rest = (Q, Q, K, K) if variant.direction == "bwd" else ()
-if torch.cuda.is_available():
-    torch.cuda.init()
-for _ in range(2):
-    launch = variant.build(p, tile, HOPPER)
-    begin = time.perf_counter()
-    with compiling():
-        launch(p, Q, K, K, mask, Q, LSE, *rest)
-    print(time.perf_counter() - begin)
-"""
-
-
 @functools.cache
-def compile_seconds(name: str, kind: Problem, tile: Tile) -> dict:
-    """Seconds to compile a kernel with an empty cache, and then to read it from there, in a fresh process.
+def compile_seconds(name: str, kind: Problem, tile: Tile, device: Device) -> dict:
+    """Seconds to compile a kernel with an empty cache, and then to read it from there, in a process of its own.
 
-    kind is Problem.kind, all that a kernel is compiled for.
+    The process has compiled something small before.  kind is Problem.kind, all that a kernel is compiled for.  From
+    then on the kernel is in the cache.
     """
-    from .cases import format_problem
-
-    root = str(Path(__file__).parents[2])
-    with TemporaryDirectory() as cache:
-        environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-        path = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
-        environment |= {"SANDBOX_CACHE": cache, "SANDBOX_TARGET": "compile", "PYTHONPATH": path}
-        words = [sys.executable, "-c", COMPILE, name, format_problem(kind), str(tile)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} does not compile on its own: {done.stderr.strip().splitlines()[-1:]}")
-    first, cached = map(float, done.stdout.split()[-2:])
+    with TemporaryDirectory() as folder, ahead.Process(folder) as process:
+        first, cached = process.compile(ahead.Wanted(name, kind, tile), device)
+        cubin.adopt(folder)
     return {"compile_s": first, "cached_compile_s": cached}
 
 
@@ -251,11 +215,8 @@ def compile_all(points: Iterable[Point], device: Device) -> None:
                 tile = point.tile or choose_tile(point.problem, device, catalog.find(name))
             except Infeasible:
                 continue
-            wanted.append((name, point.problem.kind, tile))
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        begun = [pool.submit(compile_seconds, *one) for one in dict.fromkeys(wanted)]
-    for one in begun:
-        one.exception()  # what does not compile is told where its gate is
+            wanted.append((name, point.problem.kind, tile, device))
+    ahead.at_once(lambda one: compile_seconds(*one), wanted)  # what does not compile is told where its gate is
 
 
 @functools.cache

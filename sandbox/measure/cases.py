@@ -45,6 +45,11 @@ class Rows:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
 
+    @property
+    def kind(self) -> Problem:
+        """What a softmax kernel is compiled for: the dtype alone."""
+        return Problem(1, 1, 1, 1, 1, 1, self.dtype)
+
     def __str__(self) -> str:
         return f"{self.rows}x{self.columns} {self.dtype}"
 

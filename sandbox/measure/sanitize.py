@@ -99,7 +99,7 @@ def repeat(variant: Variant, device: Device, runs: int, progress: Callable[[int]
     if case.softmax:
         X = case.make()
         outputs = {"Y": gate.poisoned(X)}
-        launcher = variant.launcher(Problem(1, 1, 1, 1, 1, 1, case.problem.dtype), None, device)
+        launcher = variant.launcher(case.problem.kind, None, device)
 
         def launch():
             launcher(X, outputs["Y"])

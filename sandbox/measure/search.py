@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from ..device.simulator import SimulatorError
-from ..problem import DTYPES, Problem
+from ..problem import DTYPES
 from ..variant import Device, Infeasible, Tile, Variant
 from . import gate, locate, strategies
 from .cases import Case, Rows
@@ -284,4 +284,4 @@ def _before(dtype: str):
 
 
 def _kind(case: Case):
-    return (case.problem.kind if isinstance(case.problem, Problem) else case.problem.dtype), case.tile
+    return case.problem.kind, case.tile
