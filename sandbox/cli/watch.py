@@ -30,11 +30,13 @@ COMPILED = 3  # kernels of a round: of the check two (of a softmax three), and t
 @click.option("--rounds", type=click.IntRange(1), help="End after so many rounds; else on Ctrl-C.")
 @click.option("--round", "one_round", is_flag=True, hidden=True)
 @PATH
-@click.pass_context
-def COMMAND(ctx, name, bench, rounds, one_round, path):
+def COMMAND(name, bench, rounds, one_round, path):
     """Check the kernel NAME quickly, and time it where there is a GPU, whenever its file is saved."""
     if one_round:
-        ctx.exit(_round(name, bench))
+        code = _round(name, bench)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the verdict need not wait until torch is unloaded, which takes a second
     files = _files_of(name)
     options = [] if bench else ["--no-bench"]
     click.echo(f"watching {', '.join(map(str, files))}; Ctrl-C ends")
