@@ -1,0 +1,152 @@
+"""FlashAttention-3 in FP8, tile by tile, rounded where the kernel rounds: runnable pseudo-code.  [floor 0: torch]
+
+    flash_attention_3_fp8    2407.08608, section 3.3, with scales of V's blocks folded into the rescaling of O
+    flash_attention_16bit    the same loop with 16-bit P and no scale: FlashAttention-2's and -3's arithmetic
+    standard_attention       S and P whole, each rounded to 16 bits: the paper's baselines
+
+V_j = σ_j·V̂_j, V̂_j in e4m3.  O is kept in units of σ of the block that was visited last, and P̃ is 2⁸ times P, so that
+e4m3 has room for small ones.  Both leave at the end:
+
+    P̃ = 2⁸·exp(S - m)     Õ ← α·(σ_prev/σ_j)·Õ + e4m3(P̃)·V̂_j     l sums P̃ before its rounding
+    O = σ_last·Õ / l       LSE = m + ln l - 8·ln 2
+
+Keys are visited from last to first, as the kernel does.  All rows of all heads go along at once: how many a row block
+has changes nothing.  The products' terms are exact in fp32.  How they are summed, a choice of three:
+
+    fp32         every sum rounds as fp32 does
+    fp22         a model of Hopper's tensor cores: after every 32 terms the accumulator keeps 13 bits of its mantissa
+                 and drops the rest; O is such an accumulator
+    two_level    the same, but each tile's product starts at 0 and is then added to O in fp32
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .mask import Mask
+from .quantize import Quantized, restore_keys, round_e4m3, transpose_keys
+
+INF = math.inf
+FULL = Mask()
+ACCUMULATE = ("fp32", "fp22", "two_level")
+TERMS, KEPT = 32, -1 << (23 - 13)  # of one tensor-core instruction in 8 bits; the bits of fp32 that fp22 keeps
+ROUND = {
+    "e4m3": round_e4m3, "fp16": lambda x: x.half().float(), "bf16": lambda x: x.bfloat16().float(), "fp32": lambda x: x,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def flash_attention_3_fp8(
+    x: Quantized, *, Bc=128, scale=None, mask=FULL, seen=None, softcap=0.0, exponent=8, P_dtype="e4m3",
+    accumulate="fp32", order=-1,
+):  # fmt: skip
+    """O [B, N_q, H, d] and LSE [B, H, N_q], fp32.
+
+    mask, seen    the band, and a bool tensor broadcastable to [B, H, N_q, N_k]: True = seen
+    exponent      P̃ = 2^exponent·P; P_dtype: what P̃ is rounded to
+    order         -1 visits keys from last to first, 1 the other way
+
+    x may hold other dtypes than e4m3, for what one of the roundings does alone.
+    """
+    if Bc % x.kv_block and x.scales == "block":
+        raise ValueError(f"Bc={Bc}: expected a multiple of kv_block={x.kv_block}")
+    (B, N_q, H, d), (N_k, H_kv) = x.q.shape, x.k.shape[1:3]
+    scale = d**-0.5 if scale is None else scale
+    Q, K, V = (_heads(y, H_kv) for y in (x.q, x.k, restore_keys(x.v, N_k)))
+    q_scale = _rows(x.q_scale, x.q_block, N_q, H_kv).unsqueeze(-1)
+    k_scale = _rows(x.k_scale, x.kv_block, N_k, H_kv).unsqueeze(-2)
+    lo, hi = mask.band(N_q, N_k)
+    i, j = torch.arange(N_q, device=Q.device)[:, None], torch.arange(N_k, device=Q.device)
+    if seen is not None:
+        seen = seen.expand(B, H, N_q, N_k).unflatten(1, (H_kv, -1))
+
+    O, l, m = torch.zeros_like(Q), torch.zeros_like(Q[..., :1]), torch.full_like(Q[..., :1], -INF)
+    sigma = None
+    for j0 in range(0, N_k, Bc)[::order]:
+        keys = slice(j0, min(j0 + Bc, N_k))
+        band = mask.query_blocks(j0, 1, Bc, N_q, N_k)
+        rows = ..., slice(band.start, band.stop), slice(None)  # that see any of these keys
+        S = _product(Q[rows], K[..., keys, :].mT, accumulate) * (q_scale[rows] * scale) * k_scale[..., keys]
+        if softcap:
+            S = softcap * torch.tanh(S / softcap)
+        visible = (j[keys] >= i[band.start : band.stop] + lo) & (j[keys] <= i[band.start : band.stop] + hi)
+        if seen is not None:
+            visible = visible & seen[..., band.start : band.stop, keys]
+        if not visible.all():
+            S = S.masked_fill(~visible, -INF)
+
+        m_old, m_new = m[rows], torch.maximum(m[rows], S.amax(-1, keepdim=True))
+        base = m_new.masked_fill(m_new == -INF, 0)
+        P_tile = (S - base).exp_().mul_(2.0**exponent)
+        alpha = (m_old - base).exp()
+        l[rows] = alpha * l[rows] + P_tile.sum(-1, keepdim=True)
+        m[rows] = m_new
+
+        P_tile, step = ROUND[P_dtype](P_tile), min(x.kv_block, Bc)
+        O[rows] *= alpha
+        for b0 in range(keys.start, keys.stop, step)[::order]:  # the tile's blocks of V, each with its scale
+            block = slice(b0, min(b0 + step, keys.stop))
+            sigma_old, sigma = sigma, x.v_scale[..., b0 // x.kv_block, None, None, None]
+            if sigma_old is not None:
+                O *= sigma_old / sigma
+            P_block, V_block = P_tile[..., block.start - j0 : block.stop - j0], V[..., block, :]
+            O[rows] = _product(P_block, V_block, accumulate, onto=O[rows])
+    O = O / l.masked_fill(l == 0, 1) * (1 if sigma is None else sigma)
+    LSE = torch.where(l == 0, -INF, m + l.log() - exponent * math.log(2))
+    return O.flatten(1, 2).transpose(1, 2).contiguous(), LSE.flatten(1, 2)[..., 0]
+
+
+def flash_attention_16bit(q, k, v, *, Bc=128, dtype="fp16", order=-1, **options):
+    """O and LSE of 16-bit Q, K, V, fp32: S and the sums in fp32, P = exp(S - m) rounded to 16 bits, not normalised."""
+    return flash_attention_3_fp8(plain(q, k, v), Bc=Bc, P_dtype=dtype, exponent=0, order=order, **options)
+
+
+def plain(q, k, v) -> Quantized:
+    """Q, K, V as they are, in a Quantized with scales of 1."""
+    one = torch.ones(q.shape[0], q.shape[2], 1, device=q.device)
+    one_kv = one[:, :1].expand(-1, k.shape[2], 1)
+    return Quantized(q, k, transpose_keys(v), one, one_kv, one_kv, max(1, q.shape[1]), max(1, k.shape[1]), "head")
+
+
+@torch.no_grad()
+def standard_attention(q, k, v, *, scale=None, mask=FULL, dtype="fp16", rows=1024):
+    """O [B, N_q, H, d], fp32.  Q Kᵀ, S = scale·Q Kᵀ and P = softmax(S) each become `dtype` on the way; P V is not
+    rounded, and `rows` of Q at a time change nothing."""
+    (N_q, _, d), (N_k, H_kv) = q.shape[1:], k.shape[1:3]
+    scale, to = d**-0.5 if scale is None else scale, ROUND[dtype]
+    Q, K, V = (_heads(y, H_kv) for y in (q, k, v))
+    lo, hi = mask.band(N_q, N_k)
+    O, j = torch.zeros_like(Q), torch.arange(N_k, device=q.device)
+    for i0 in range(0, N_q, rows):
+        i = torch.arange(i0, min(i0 + rows, N_q), device=q.device)[:, None]
+        S = to(to(Q[..., i0 : i0 + rows, :] @ K.mT) * scale)
+        S = S.masked_fill((j < i + lo) | (j > i + hi), -INF)
+        empty = (S == -INF).all(-1, keepdim=True)
+        P = to(torch.softmax(S.masked_fill(empty, 0), -1)).masked_fill(empty, 0)
+        O[..., i0 : i0 + rows, :] = P @ V
+    return O.flatten(1, 2).transpose(1, 2).contiguous()
+
+
+def _heads(y, H_kv):
+    """[B, N, H, d] as [B, H_kv, group, N, d], fp32."""
+    return y.float().transpose(1, 2).unflatten(1, (H_kv, -1))
+
+
+def _rows(scale, block, N, H_kv):
+    """Scales [B, H, n] as [B, H_kv, group, N]."""
+    return scale.repeat_interleave(block, -1)[..., :N].unflatten(1, (H_kv, -1))
+
+
+def _product(A, B, accumulate, onto=None):
+    """onto + A B, by the rule of that name."""
+    if accumulate == "fp32":
+        return A @ B if onto is None else onto + A @ B
+    if accumulate == "two_level" and onto is not None:
+        return onto + _product(A, B, "fp22")
+    total = 0 if onto is None else onto
+    for k0 in range(0, A.shape[-1], TERMS):
+        total = total + A[..., k0 : k0 + TERMS] @ B[..., k0 : k0 + TERMS, :]
+        total = (total.view(torch.int32) & KEPT).view(torch.float32)
+    return total
