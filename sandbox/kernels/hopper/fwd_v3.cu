@@ -349,7 +349,7 @@ struct Consumer {
 #pragma unroll
         for (int a = 0; a < 2; ++a) {
             const int i = w.i0 + 64 * warpgroup + 16 * warp + lane / 4 + 8 * a;
-            if (lane % 4 == 0 && i < shape.N_q) store(to + i, softmax.lse(a, unit));
+            if (lane % 4 == 0 && i < shape.N_q) store(to + i, softmax.lse(a));
         }
     }
 };
@@ -358,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fwd_v3(const __grid_constant__ TensorMap Q, const __grid_constant__ TensorMap K, const __grid_constant__ TensorMap V,
            const __grid_constant__ TensorMap O, float *LSE, int *counter, u32 *marks,
            const __grid_constant__ Shape shape) {
-    Shared &s = *reinterpret_cast<Shared *>((reinterpret_cast<u64>(shared_memory()) + 1023) / 1024 * 1024);
+    Shared &s = *reinterpret_cast<Shared *>(shared_memory() + (0u - shared_address(shared_memory())) % 1024);
     if (threadIdx.x == 0) {
         prefetch(Q), prefetch(K), prefetch(V), prefetch(O);
         for (int g = 0; g < WARPGROUPS; ++g) Ring<1>::init(s.Q[g], 4);

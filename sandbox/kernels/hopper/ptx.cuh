@@ -116,6 +116,8 @@ DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "mem
 DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // x is computed before whatever follows, not put off until it is used.
+DEVICE void settled(float &x) { asm volatile("" : "+f"(x)::"memory"); }
+
 template <int Size>
 DEVICE void settled(float (&x)[Size]) {
 #pragma unroll
@@ -145,8 +147,32 @@ DEVICE u32 nanoseconds() {  // of the whole GPU
 
 // ---- numbers -------------------------------------------------------------------------------------------------------
 
+// One number from global memory, which nobody writes meanwhile; it is asked for here, and not where it is used.
+DEVICE float load(const float *from) {
+    float x;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(from));
+    return x;
+}
+
 // One number to global memory.
 DEVICE void store(float *to, float x) { *to = x; }
+
+DEVICE void load_16_bytes(const void *from, u32 (&to)[4]) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "l"(from));
+}
+
+DEVICE void store_16_bytes(void *to, const u32 (&x)[4]) { *static_cast<uint4 *>(to) = {x[0], x[1], x[2], x[3]}; }
+DEVICE void store_8_bytes(void *to, const u32 (&x)[2]) { *static_cast<uint2 *>(to) = {x[0], x[1]}; }
+
+// *to becomes x where that is larger; neither is below 0.
+DEVICE void raise(float *to, float x) { atomicMax(reinterpret_cast<int *>(to), __float_as_int(x)); }
+
+// Of x >= 0 over the lanes of the warp.
+DEVICE float largest(float x) { return __int_as_float(__reduce_max_sync(~0u, __float_as_int(x))); }
+
+DEVICE bool finite(float x) { return fabsf(x) < __builtin_bit_cast(float, 0x7F800000); }
 
 DEVICE float exp2_approx(float x) {  // 2 ulp; one instruction
     float y;
@@ -172,6 +198,27 @@ DEVICE u32 pack(float low, float high) {
     else
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
+}
+
+// Two numbers of a 16-bit format, the first from the lower half.
+template <bool Bf16>
+DEVICE void unpack(u32 both, float &low, float &high) {
+    if constexpr (Bf16)
+        low = __int_as_float(both << 16), high = __int_as_float(both & 0xFFFF0000);
+    else
+        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+            : "=f"(low), "=f"(high)
+            : "r"(both));
+}
+
+// Four numbers in e4m3, the first in the lowest byte; what is larger than 448 becomes 448.
+DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
+    u32 four;
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n}"
+        : "=r"(four)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return four;
 }
 
 // Four 8x8 tiles of 16-bit numbers; lane l gives the address of row l % 8 of tile l / 8.

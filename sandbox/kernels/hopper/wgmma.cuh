@@ -12,13 +12,15 @@
 
 #include "ptx.cuh"
 
-// The descriptor of a tile of shared memory: where it starts, and how far its 8-row groups are apart.
-DEVICE u64 descriptor(u32 address, u32 leading, u32 stride) {
-    return (address & 0x3FFFF) >> 4 | static_cast<u64>(leading >> 4) << 16 | static_cast<u64>(stride >> 4) << 32 | 1ull << 62;
+// The descriptor of a tile of shared memory: where it starts, how far its 8-row groups are apart, and its swizzle, which
+// is as wide as a panel: 128, 64 or 32 bytes.
+DEVICE u64 descriptor(u32 address, u32 leading, u32 stride, u64 width = 128) {
+    return (address & 0x3FFFF) >> 4 | static_cast<u64>(leading >> 4) << 16 | static_cast<u64>(stride >> 4) << 32 |
+           (width == 128 ? 1ull : width == 64 ? 2ull : 3ull) << 62;
 }
 
-// [rows, 64] whose columns are multiplied away (Q, K): 16 columns further is 32 bytes further.
-DEVICE u64 by_columns(u32 panel) { return descriptor(panel, 16, 1024); }
+// [rows, width bytes] whose columns are multiplied away (Q, K): what a product takes, 32 bytes, further.
+DEVICE u64 by_columns(u32 panel, u32 width = 128) { return descriptor(panel, 16, 8 * width, width); }
 constexpr int NEXT_COLUMNS = 32 >> 4;
 
 // [keys, panels of 64 columns] whose keys are multiplied away (V): 16 keys further is 2,048 bytes further.
@@ -82,47 +84,62 @@ constexpr int NEXT_ROWS = 2048 >> 4;
 #define OPERANDS_TO_120(c) OPERANDS_TO_112(c), EIGHT(c, 112)
 #define OPERANDS_TO_128(c) OPERANDS_TO_120(c), EIGHT(c, 120)
 
-// Product<N, Bf16>::tiles(rC, A, a, B, b, add): A and B in shared memory, both by columns; rC = A Bᵀ, or += where add.
+// Product<N, Type>::tiles(rC, A, a, B, b, add): A and B in shared memory, both by columns; rC = A Bᵀ, or += where add.
 //     They start at the descriptors A + a and B + b.  Sums that the compiler sees it takes out of loops, and at d = 256 those
 //     of Q alone are more than uniform registers hold: a move into one would stand before each product.
-// Product<N, Bf16>::columns(rC, rA, B, add): A in registers, B in shared memory by columns; the same.
-// Product<N, Bf16>::rows(rC, rA, B): A in registers, B in shared memory by rows; rC += A B.
-template <int N, bool Bf16>
+// Product<N, Type>::columns(rC, rA, B, add): A in registers, B in shared memory by columns; the same.
+// Product<N, Type>::rows(rC, rA, B): A in registers, B in shared memory by rows; rC += A B.  Not of E4M3.
+enum Type { HALF, BFLOAT, E4M3 };  // of A and B
+template <int N, int Type>
 struct Product;
 
 // After N: the number of accumulators, then those of the operands behind them.
 #define PRODUCT(N, R, R1, R2, R3, R4, R5) \
-    PRODUCT_OF(N, "f16", false, R, R1, R2, R3, R4, R5) \
-    PRODUCT_OF(N, "bf16", true, R, R1, R2, R3, R4, R5)
-#define PRODUCT_OF(N, TYPE, IS_BF16, R, R1, R2, R3, R4, R5) \
     template <> \
-    struct Product<N, IS_BF16> { \
-        static DEVICE void tiles(float (&c)[R], u64 a, int a_on, u64 b, int b_on, int add) { \
-            asm volatile( \
-                "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" #R4 ", 0;\n" \
-                "cvt.s64.s32 a, %" #R2 ";\nadd.s64 a, a, %" #R ";\ncvt.s64.s32 b, %" #R3 ";\nadd.s64 b, b, %" #R1 ";\n" \
-                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES_TO_##R "}, a, b" \
-                ", add, 1, 1, 0, 0;\n}" \
-                : OPERANDS_TO_##R(c) \
-                : "l"(a), "l"(b), "r"(a_on), "r"(b_on), "r"(add)); \
-        } \
-        static DEVICE void columns(float (&c)[R], const u32 *a, u64 b, int add) { \
-            asm volatile( \
-                "{\n.reg .pred add;\nsetp.ne.b32 add, %" #R5 ", 0;\n" \
-                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES_TO_##R "}, {%" #R ", %" #R1 \
-                ", %" #R2 ", %" #R3 "}, %" #R4 ", add, 1, 1, 0;\n}" \
-                : OPERANDS_TO_##R(c) \
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)); \
-        } \
-        static DEVICE void rows(float (&c)[R], const u32 *a, u64 b) { \
-            asm volatile( \
-                "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n" \
-                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES_TO_##R "}, {%" #R ", %" #R1 \
-                ", %" #R2 ", %" #R3 "}, %" #R4 ", add, 1, 1, 1;\n}" \
-                : OPERANDS_TO_##R(c) \
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
-        } \
+    struct Product<N, HALF> { \
+        TILES(N, "k16", "f16", ", 0, 0", R, R1, R2, R3, R4) \
+        COLUMNS(N, "k16", "f16", ", 0", R, R1, R2, R3, R4, R5) \
+        ROWS(N, "f16", R, R1, R2, R3, R4) \
+    }; \
+    template <> \
+    struct Product<N, BFLOAT> { \
+        TILES(N, "k16", "bf16", ", 0, 0", R, R1, R2, R3, R4) \
+        COLUMNS(N, "k16", "bf16", ", 0", R, R1, R2, R3, R4, R5) \
+        ROWS(N, "bf16", R, R1, R2, R3, R4) \
+    }; \
+    template <> \
+    struct Product<N, E4M3> { \
+        TILES(N, "k32", "e4m3", "", R, R1, R2, R3, R4) \
+        COLUMNS(N, "k32", "e4m3", "", R, R1, R2, R3, R4, R5) \
     };
+#define TILES(N, K, TYPE, BY, R, R1, R2, R3, R4) \
+    static DEVICE void tiles(float (&c)[R], u64 a, int a_on, u64 b, int b_on, int add) { \
+        asm volatile( \
+            "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" #R4 ", 0;\n" \
+            "cvt.s64.s32 a, %" #R2 ";\nadd.s64 a, a, %" #R ";\ncvt.s64.s32 b, %" #R3 ";\nadd.s64 b, b, %" #R1 ";\n" \
+            "wgmma.mma_async.sync.aligned.m64n" #N K ".f32." TYPE "." TYPE " {" NAMES_TO_##R "}, a, b" \
+            ", add, 1, 1" BY ";\n}" \
+            : OPERANDS_TO_##R(c) \
+            : "l"(a), "l"(b), "r"(a_on), "r"(b_on), "r"(add)); \
+    }
+#define COLUMNS(N, K, TYPE, BY, R, R1, R2, R3, R4, R5) \
+    static DEVICE void columns(float (&c)[R], const u32 *a, u64 b, int add) { \
+        asm volatile( \
+            "{\n.reg .pred add;\nsetp.ne.b32 add, %" #R5 ", 0;\n" \
+            "wgmma.mma_async.sync.aligned.m64n" #N K ".f32." TYPE "." TYPE " {" NAMES_TO_##R "}, {%" #R ", %" #R1 \
+            ", %" #R2 ", %" #R3 "}, %" #R4 ", add, 1, 1" BY ";\n}" \
+            : OPERANDS_TO_##R(c) \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)); \
+    }
+#define ROWS(N, TYPE, R, R1, R2, R3, R4) \
+    static DEVICE void rows(float (&c)[R], const u32 *a, u64 b) { \
+        asm volatile( \
+            "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n" \
+            "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES_TO_##R "}, {%" #R ", %" #R1 \
+            ", %" #R2 ", %" #R3 "}, %" #R4 ", add, 1, 1, 1;\n}" \
+            : OPERANDS_TO_##R(c) \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+    }
 
 PRODUCT(16, 8, 9, 10, 11, 12, 13)
 PRODUCT(32, 16, 17, 18, 19, 20, 21)
