@@ -10,6 +10,10 @@ e4m3 has room for small ones.  Both leave at the end:
     P̃ = 2⁸·exp(S - m)     Õ ← α·(σ_prev/σ_j)·Õ + e4m3(P̃)·V̂_j     l sums P̃ before its rounding
     O = σ_last·Õ / l       LSE = m + ln l - 8·ln 2
 
+A lazy kernel rescales O seldom: m follows the maximum only where it has grown by more than P̃ has room for, and then to
+a little above it; and V_j comes to the unit that O has, σ, by P̃, which becomes σ_j/σ times as large, unless that is too
+much or too little for e4m3.
+
 Keys are visited from last to first, as the kernel does.  All rows of all heads go along at once: how many a row block
 has changes nothing.  The products' terms are exact in fp32.  How they are summed, a choice of three:
 
@@ -28,9 +32,14 @@ import torch
 from .mask import Mask
 from .quantize import Quantized, restore_keys, round_e4m3, transpose_keys
 
-INF = math.inf
+INF, LN2 = math.inf, math.log(2)
 FULL = Mask()
 ACCUMULATE = ("fp32", "fp22", "two_level")
+ROOM, SLACK = (
+    0.5,
+    1.0,
+)  # powers of 2: a lazy m stays where the maximum is at most ROOM above it, or goes SLACK above that
+FOLD = 0.82, 4.0  # σ/σ_j that P̃ takes over
 TERMS, KEPT = 32, -1 << (23 - 13)  # of one tensor-core instruction in 8 bits; the bits of fp32 that fp22 keeps
 ROUND = {
     "e4m3": round_e4m3, "fp16": lambda x: x.half().float(), "bf16": lambda x: x.bfloat16().float(), "fp32": lambda x: x,
@@ -40,18 +49,19 @@ ROUND = {
 @torch.no_grad()
 def flash_attention_3_fp8(
     x: Quantized, *, Bc=128, scale=None, mask=FULL, seen=None, softcap=0.0, exponent=8, P_dtype="e4m3",
-    accumulate="fp32", order=-1,
+    accumulate="fp32", order=-1, lazy=None,
 ):  # fmt: skip
     """O [B, N_q, H, d] and LSE [B, H, N_q], fp32.
 
     mask, seen    the band, and a bool tensor broadcastable to [B, H, N_q, N_k]: True = seen
     exponent      P̃ = 2^exponent·P; P_dtype: what P̃ is rounded to
     order         -1 visits keys from last to first, 1 the other way
+    lazy          Br of a lazy kernel, whose rows share σ; None rescales O at every step
 
     x may hold other dtypes than e4m3, for what one of the roundings does alone.
     """
-    if Bc % x.kv_block and x.scales == "block":
-        raise ValueError(f"Bc={Bc}: expected a multiple of kv_block={x.kv_block}")
+    if x.scales == "block" and (Bc % x.kv_block or lazy and Bc != x.kv_block):
+        raise ValueError(f"Bc={Bc}: expected {'' if lazy else 'a multiple of '}kv_block={x.kv_block}")
     (B, N_q, H, d), (N_k, H_kv) = x.q.shape, x.k.shape[1:3]
     scale = d**-0.5 if scale is None else scale
     Q, K, V = (_heads(y, H_kv) for y in (x.q, x.k, restore_keys(x.v, N_k)))
@@ -63,7 +73,7 @@ def flash_attention_3_fp8(
         seen = seen.expand(B, H, N_q, N_k).unflatten(1, (H_kv, -1))
 
     O, l, m = torch.zeros_like(Q), torch.zeros_like(Q[..., :1]), torch.full_like(Q[..., :1], -INF)
-    sigma = None
+    sigma = torch.full_like(l, math.nan)  # the unit of O's rows, once they have seen a block
     for j0 in range(0, N_k, Bc)[::order]:
         keys = slice(j0, min(j0 + Bc, N_k))
         band = mask.query_blocks(j0, 1, Bc, N_q, N_k)
@@ -77,25 +87,47 @@ def flash_attention_3_fp8(
         if not visible.all():
             S = S.masked_fill(~visible, -INF)
 
-        m_old, m_new = m[rows], torch.maximum(m[rows], S.amax(-1, keepdim=True))
+        m_old, top = m[rows], S.amax(-1, keepdim=True)
+        if lazy:
+            m_new = torch.where(top > m_old + ROOM * LN2, top + SLACK * LN2, m_old)
+        else:
+            m_new = torch.maximum(m_old, top)
         base = m_new.masked_fill(m_new == -INF, 0)
         P_tile = (S - base).exp_().mul_(2.0**exponent)
         alpha = (m_old - base).exp()
         l[rows] = alpha * l[rows] + P_tile.sum(-1, keepdim=True)
-        m[rows] = m_new
+        m[rows], O[rows] = m_new, O[rows] * alpha
 
-        P_tile, step = ROUND[P_dtype](P_tile), min(x.kv_block, Bc)
-        O[rows] *= alpha
+        step = min(x.kv_block, Bc)
         for b0 in range(keys.start, keys.stop, step)[::order]:  # the tile's blocks of V, each with its scale
             block = slice(b0, min(b0 + step, keys.stop))
-            sigma_old, sigma = sigma, x.v_scale[..., b0 // x.kv_block, None, None, None]
-            if sigma_old is not None:
-                O *= sigma_old / sigma
-            P_block, V_block = P_tile[..., block.start - j0 : block.stop - j0], V[..., block, :]
-            O[rows] = _product(P_block, V_block, accumulate, onto=O[rows])
-    O = O / l.masked_fill(l == 0, 1) * (1 if sigma is None else sigma)
-    LSE = torch.where(l == 0, -INF, m + l.log() - exponent * math.log(2))
+            sigma_j = x.v_scale[..., b0 // x.kv_block, None, None, None]
+            fold, ratio, sigma = _to_unit(sigma, sigma_j, _visited(mask, N_q, N_k, Bc, lazy, j0, i), lazy)
+            O = O * ratio
+            P_block = ROUND[P_dtype](P_tile[..., block.start - j0 : block.stop - j0] / fold[rows])
+            O[rows] = _product(P_block, V[..., block, :], accumulate, onto=O[rows])
+    O = O / l.masked_fill(l == 0, 1) * sigma.nan_to_num(1)
+    LSE = torch.where(l == 0, -INF, m + l.log() - exponent * LN2)
     return O.flatten(1, 2).transpose(1, 2).contiguous(), LSE.flatten(1, 2)[..., 0]
+
+
+def _to_unit(sigma, sigma_j, visited, lazy):
+    """σ_j/σ⁻¹ of V_j that P̃ takes over, what O is multiplied by, and the unit that it has then; of each row."""
+    ratio = torch.where(sigma.isnan(), 1, sigma / sigma_j)
+    kept = visited & (ratio >= FOLD[0]) & (ratio <= FOLD[1]) & ~sigma.isnan() & bool(lazy)
+    moved = visited & ~kept
+    return torch.where(kept, ratio, 1), torch.where(moved, ratio, 1), torch.where(moved, sigma_j, sigma)
+
+
+def _visited(mask, N_q, N_k, Bc, Br, j0, i):
+    """bool [N_q, 1]: whether the row block of Br rows that row i is in visits the keys from j0 on; all, without Br."""
+    if not Br:
+        return torch.ones_like(i, dtype=torch.bool)
+    lo, hi = mask.band(N_q, N_k)
+    i0 = i // Br * Br
+    first = (i0 + lo).clamp(min=0) // Bc * Bc
+    end = (torch.clamp(i0 + Br, max=N_q) + hi).clamp(max=N_k)
+    return (first <= j0) & (j0 < end)
 
 
 def flash_attention_16bit(q, k, v, *, Bc=128, dtype="fp16", order=-1, **options):

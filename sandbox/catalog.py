@@ -15,6 +15,8 @@ import importlib.util
 import os
 import sys
 import traceback
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 from . import kernels
@@ -117,13 +119,13 @@ def broken() -> dict[Path, str]:
 def file_of(name: str) -> Path:
     """The file of a variant.  Raises ValueError with the nearest names."""
     find(name)
-    return _read(folders())[0][name][1]
+    return _read(folders())[0][name.split(" ")[0]][1]
 
 
 def files_of(name: str) -> list[Path]:
     """The file of a variant, and its CUDA C++ where it has some."""
     file = file_of(name)
-    cu = file.parent / HOPPER / f"{name}.cu"
+    cu = file.parent / HOPPER / f"{file.stem}.cu"
     return [file, cu] if cu.exists() else [file]
 
 
@@ -137,10 +139,36 @@ def variants(direction: str | None = None, prototypes: bool = True) -> dict[str,
 
 
 def find(name: str) -> Variant:
-    """The variant of that name.  Raises Broken where its file is, or ValueError with the nearest names."""
-    if name in _all():
+    """The variant of that name, or with switches turned: 'fwd_v3 ping_pong=0', where its file has `turned`.
+
+    Raises Broken where its file is, or ValueError with the nearest names.
+    """
+    name, *words = name.split(" ")
+    if name not in _all():
+        raise _unknown(name, _all())
+    if not words:
         return _all()[name]
-    raise _unknown(name, _all())
+    module = sys.modules[_all()[name].fit.__module__]
+    if not hasattr(module, "turned"):
+        raise ValueError(f"{' '.join([name, *words])!r}: {name} has no switches, its file defines no `turned`")
+    return module.turned(**switches_of(words, module.Switches))
+
+
+def switches_of(words: Iterable[str], of: type) -> dict:
+    """Switches as they are written, NAME=VALUE, each a field of the dataclass `of`.  Raises ValueError on others."""
+    kinds, found = {field.name: field.type for field in fields(of)}, {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in kinds:
+            raise ValueError(f"switch {word}: {nearest(key, kinds)}")
+        if "str" in str(kinds[key]):
+            found[key] = value
+        elif not (value.isdecimal() or value in ("True", "False")):
+            raise ValueError(f"switch {word}: expected {key}=0, {key}=1 or another number")
+        else:
+            number = {"True": 1, "False": 0}.get(value) if value in ("True", "False") else int(value)
+            found[key] = number if "int" in str(kinds[key]) else bool(number)
+    return found
 
 
 def _unknown(name: str, names) -> ValueError:

@@ -63,7 +63,7 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
 
     Raises ValueError or TypeError, naming the argument.
     """
-    _check_inputs(q, k, v, scales, q_block, kv_block)
+    check_inputs(q, k, v, scales, q_block, kv_block)
     q, k, v = q.float(), k.float(), v.float()
     if incoherent:
         sign = signs(q.shape[-1], seed).to(q.device)
@@ -110,8 +110,12 @@ def _cast(x, scales, block):
         padded = amax.new_zeros(B, H, n * block)
         padded[..., :N] = amax
         amax = padded.unflatten(-1, (n, block)).amax(-1)
-    scale = torch.where(amax == 0, 1.0, (amax / FP8_MAX).clamp(min=SCALE_MIN))
+    scale = scale_of(amax)
     return to_e4m3(x * per_row(1 / scale, block, N)), scale
+
+
+def scale_of(amax):
+    return torch.where(amax == 0, 1.0, (amax * (1 / FP8_MAX)).clamp(min=SCALE_MIN))
 
 
 # ---- incoherent processing ------------------------------------------------------------------------------------------
@@ -206,7 +210,7 @@ def check(x: Quantized, *, values=True):
             raise ValueError(f"{name} is on {getattr(x, name).device}: expected q's device, {x.q.device}")
 
 
-def _check_inputs(q, k, v, scales, q_block, kv_block):
+def check_inputs(q, k, v, scales, q_block, kv_block):
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, "(batch, seqlen, heads, head_dim)")
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):

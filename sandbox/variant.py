@@ -90,6 +90,8 @@ class Variant:
     usual       (problem, device) -> the tile it takes; None leaves that to choose_tile's estimate
     unit        what multiplies: 'fma', one number at a time, or 'tensor', the tensor cores
     pace        seconds that a multiply-add of it takes where it is simulated
+    scales      'block' | 'head' | 'tensor' where its products take e4m3: what shares a scale (a block is 64 rows of Q, or
+                a tile's keys of K or V); None where they take the inputs' dtype
     """
 
     name: str
@@ -108,6 +110,7 @@ class Variant:
     usual: Callable[[Problem, Device], Tile] | None = None
     unit: str = "fma"
     pace: float = SECONDS_PER_MULTIPLY_ADD
+    scales: str | None = None
 
     def space(self, problem: Problem, device: Device, sizes=(16, 32, 64, 128)) -> Iterator[Tile | Infeasible]:
         """Every tile of its own, or of sizes x sizes, in order: itself where it fits, its reason where it does not."""

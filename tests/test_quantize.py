@@ -67,14 +67,14 @@ def test_a_block_s_largest_number_is_448_of_its_scales(case):
     B, N, H_kv, _ = k.shape
     if options["scales"] == "tensor":
         assert all(len(scale.unique()) <= 1 for scale in (x.q_scale, x.k_scale, x.v_scale))
-        assert not k.numel() or torch.equal(x.k_scale.flatten()[0], k.float().abs().max() / FP8_MAX)
+        assert not k.numel() or torch.equal(x.k_scale.flatten()[0], k.float().abs().max() * (1 / FP8_MAX))
         return
     block = x.kv_block
     for b in range(B):
         for h in range(H_kv):
             for n, scale in enumerate(x.k_scale[b, h]):
                 part = k[b, n * block : (n + 1) * block, h].float()
-                assert scale == (part.abs().max() / FP8_MAX if part.numel() else 1)
+                assert scale == (part.abs().max() * (1 / FP8_MAX) if part.numel() else 1)
     assert (x.k_scale.shape[-1] == 1) if options["scales"] == "head" else (x.k_scale.shape[-1] == -(-N // block))
 
 

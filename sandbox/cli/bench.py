@@ -25,7 +25,10 @@ SIZE = click.IntRange(1, 2**20)
 @click.option("--heads", "H", type=SIZE, help="2048 / head-dim.")
 @click.option("--batch", "B", type=SIZE, help="16384 / seqlen.")
 @click.option("--causal/--no-causal", default=None, help="Full unless given.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "fp16", "bf16", "e4m3"]), default="fp16", show_default=True,
+    help="e4m3: kernels that take it get it ready made, the others bf16.",
+)  # fmt: skip
 @click.option("--tile", metavar="BrxBc", help="Of every kernel of ours; chosen for each problem.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"), show_default=True)
@@ -51,6 +54,9 @@ def COMMAND(ctx, names, against, grid, N, d, H, B, causal, dtype, tile, seed, ou
     providers = who(variants, against)
     tile = parse_tile(tile) if tile else None
     direction = variants[0].direction
+    quantized, dtype = dtype == "e4m3", "bf16" if dtype == "e4m3" else dtype
+    if quantized and not any(variant.scales for variant in variants):
+        raise click.UsageError(f"--dtype e4m3: {', '.join(names)} quantize nothing, as fwd_v3_fp8 does")
     for variant in variants:
         if dtype not in variant.dtypes:
             raise click.UsageError(f"--dtype {dtype}: {variant.name} has {', '.join(variant.dtypes)}")
@@ -59,14 +65,14 @@ def COMMAND(ctx, names, against, grid, N, d, H, B, causal, dtype, tile, seed, ou
         for option, value in sizes.items():
             if value is not None:
                 raise click.UsageError(f"{option}: --grid {grid} has its own sizes and masks")
-        points = bench.grid(dtype, direction, providers, seed, tile)
+        points = bench.grid(dtype, direction, providers, seed, tile, quantized)
     else:
         points, d = [], d or HEAD_DIM
         for n in sorted(set(N)) or SEQLEN:
             heads = H or max(1, bench.PAPER_WIDTH // d)
             mask = Mask(bool(causal))
             problem = Problem(B or max(1, bench.PAPER_TOKENS // n), heads, heads, n, n, d, dtype, mask=mask)
-            points.append(bench.Point(problem, direction, providers, seed, tile))
+            points.append(bench.Point(problem, direction, providers, seed, tile, quantized))
     if dry_run:
         for point in points:
             click.echo(f"{point.direction} {point.problem}: {', '.join(point.providers)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 from statistics import median
 
@@ -51,7 +50,7 @@ def COMMAND(ctx, name, N, d, H, B, causal, dtype, tile, switches, block, marks, 
     module = sys.modules[variant.build.__module__]
     if (traced := getattr(module, "traced", None)) is None:
         raise click.UsageError(f"{name} has no traced build: its file defines no `traced`, as that of fwd_v3 does")
-    turned = parse_switches(switches, module.Switches)
+    turned = switches_of(switches, module.Switches)
     if target.KIND != "gpu":
         raise click.UsageError("trace needs a GPU: the emulator knows an order of things, but no time")
     device = target.device()
@@ -95,18 +94,3 @@ def COMMAND(ctx, name, N, d, H, B, causal, dtype, tile, switches, block, marks, 
     finally:
         draft.unlink(missing_ok=True)
     click.echo("written: " + "  ".join(map(str, files)))
-
-
-def parse_switches(words: tuple[str, ...], of: type) -> dict[str, int]:
-    """NAME=N, each a field of the dataclass `of`.  Raises UsageError for another one."""
-    from ..catalog import nearest
-
-    known, found = {field.name: field.type for field in fields(of)}, {}
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in known:
-            raise click.UsageError(f"--switch {word}: {nearest(key, known)}")
-        if not value.isdecimal():
-            raise click.UsageError(f"--switch {word}: expected {key}=0, {key}=1 or another number")
-        found[key] = int(value) if "int" in str(known[key]) else bool(int(value))
-    return found

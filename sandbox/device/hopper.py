@@ -10,11 +10,27 @@ from pathlib import Path
 import torch
 
 from .. import emulator, nvrtc
+from ..problem import Problem
 from . import launch as launches
 from .scalar import SIMULATED
 
 HEADERS = Path(__file__).parents[1] / "kernels" / "hopper"  # of kernels elsewhere, too
+L2_BYTES = 32 << 20  # of K and V that are worked on at a time
 SWIZZLE_BYTES = 128  # of a panel's row
+
+
+class Shape(ctypes.Structure):
+    """A problem's sizes and mask: scheduler.cuh."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("N_q", "N_k", "H", "group", "lo", "hi", "heads", "section")]
+    _fields_ += [("scale", ctypes.c_float), ("softcap", ctypes.c_float)]
+
+
+def shape_of(p: Problem, head_bytes: int) -> Shape:
+    """head_bytes: of K and V of one head, as they are read; as many heads are worked on at a time as L2 holds."""
+    lo, hi = p.mask.band(p.N_q, p.N_k)
+    section = p.group * max(1, L2_BYTES // head_bytes)
+    return Shape(p.N_q, p.N_k, p.H, p.group, lo, hi, p.B * p.H, section, p.scale, p.softcap)
 
 
 @dataclass(frozen=True)

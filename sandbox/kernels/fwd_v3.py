@@ -10,23 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..device.hopper import Counter, HopperLaunch, Output, Panels, addressable
+from ..device.hopper import Counter, HopperLaunch, Output, Panels, addressable, shape_of
 from ..variant import Infeasible, Tile, Unsupported, Variant
 
 FILE = Path(__file__).parent / "hopper" / "fwd_v3.cu"
 WARPGROUP_ROWS, MOST_KEYS, PANEL = 64, 256, 64
-L2_BYTES = 32 << 20  # of K and V that are worked on at a time
 ACCUMULATORS = {2: 212, 3: 128, 4: 80}  # registers a thread has for its tiles, by warpgroups
 TILES = (
     *(Tile(Br, Bc) for Br in (128, 192) for Bc in (64, 80, 96, 112, 128, 144, 160, 176, 192)), Tile(256, 64),
 )  # fmt: skip
-
-
-class Shape(ctypes.Structure):
-    """The kernel's sizes and mask: scheduler.cuh."""
-
-    _fields_ = [(name, ctypes.c_int) for name in ("N_q", "N_k", "H", "group", "lo", "hi", "heads", "section")]
-    _fields_ += [("scale", ctypes.c_float), ("softcap", ctypes.c_float)]
 
 
 def padded(d: int) -> int:
@@ -156,9 +148,7 @@ def build(problem, tile, device, marks=None, **turned):
             return
         if problem.N_k == 0:  # there is no map of an empty tensor: one key that the mask hides
             K = V = Q.new_zeros(B, 1, problem.H_kv, d)
-        lo, hi = problem.mask.band(N_q, problem.N_k)
-        section = problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d))
-        shape = Shape(N_q, problem.N_k, H, problem.group, lo, hi, B * H, section, problem.scale, problem.softcap)
+        shape = shape_of(problem, 4 * max(1, problem.N_k) * d)
         blocks = B * H * -(-N_q // tile.Br)
         if switches.persistent:
             blocks = min(device.sms, blocks)

@@ -39,20 +39,24 @@ class Point:
     providers: tuple[str, ...]
     seed: int = 0
     tile: Tile | None = None  # of our kernels; chosen where None
+    quantized: bool = False  # kernels whose products take e4m3 get it ready made
 
     def fields(self, provider: str) -> dict:
         p, ours = self.problem, provider.startswith(OURS)
+        scales = catalog.find(provider.removeprefix(OURS)).scales if ours else None
+        dtype = "e4m3" if scales and self.quantized else p.dtype
         return {
-            "provider": provider, "direction": self.direction, "dtype": p.dtype, "B": p.B, "H": p.H, "H_kv": p.H_kv,
-            "N_q": p.N_q, "N_k": p.N_k, "d": p.d, "causal": p.mask.causal, "scales": None, "input": "N(0,1)",
+            "provider": provider, "direction": self.direction, "dtype": dtype, "B": p.B, "H": p.H, "H_kv": p.H_kv,
+            "N_q": p.N_q, "N_k": p.N_k, "d": p.d, "causal": p.mask.causal, "scales": scales, "input": "N(0,1)",
             "seed": self.seed, "tile": str(self.tile) if self.tile and ours else None,
             "kernel_hash": kernel_hash(provider.removeprefix(OURS)) if ours else None,
         }  # fmt: skip
 
 
 def grid(
-    dtype: str, direction: str, providers: tuple[str, ...], seed: int = 0, tile: Tile | None = None
-) -> list[Point]:
+    dtype: str, direction: str, providers: tuple[str, ...], seed: int = 0, tile: Tile | None = None,
+    quantized: bool = False,
+) -> list[Point]:  # fmt: skip
     """The 18 shapes that attention papers compare: d 64, 128, 256; N 1k, 4k, 16k; full and causal."""
     points = []
     for d in (64, 128, 256):
@@ -60,7 +64,7 @@ def grid(
             for N in (1024, 4096, 16384):
                 H = PAPER_WIDTH // d
                 problem = Problem(PAPER_TOKENS // N, H, H, N, N, d, dtype, mask=Mask(causal))
-                points.append(Point(problem, direction, providers, seed, tile))
+                points.append(Point(problem, direction, providers, seed, tile, quantized))
     return points
 
 
@@ -96,11 +100,12 @@ def measure(point: Point, device: Device) -> list[dict]:
         if target.KIND == "gpu":
             torch.cuda.empty_cache()
         rows.append(row)
-        launches += [(row, launch)] if launch else []
-    for (row, _), t in zip(launches, timing.time_together([launch for _, launch in launches]), strict=True):
+        launches += [(row, launch, point.fields(provider)["dtype"])] if launch else []
+    times = timing.time_together([launch for _, launch, _ in launches])
+    for (row, _, dtype), t in zip(launches, times, strict=True):
         row |= {"ms": t.ms, "ms_p20": t.ms_p20, "ms_p80": t.ms_p80, "again": t.again}
         row["tflops"] = point.problem.flops(point.direction) / t.ms * 1e-9
-        row["of_ceiling"] = row["tflops"] / ceiling(point.problem.dtype)
+        row["of_ceiling"] = row["tflops"] / ceiling(dtype)
     for row, provider in zip(rows, point.providers, strict=True):
         if row["ms"] and provider.startswith(OURS):
             row |= compile_seconds(provider.removeprefix(OURS), point.problem.kind, Tile(row["Br"], row["Bc"]), device)
@@ -126,7 +131,7 @@ def ours(provider: str, point: Point, inputs, device: Device) -> tuple[Callable 
     tile = point.tile or choose_tile(p, device, variant)
     row = {"Br": tile.Br, "Bc": tile.Bc}
     try:
-        verdict = gate.check(variant, p, tile, inputs, device)
+        verdict = gate.check(variant, p, tile, inputs, device, quantized=bool(variant.scales) and point.quantized)
     except (Infeasible, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a kernel file may do
@@ -239,6 +244,10 @@ def kernel_hash(name: str) -> str:
 def ceiling(dtype: str) -> float:
     """TFLOP/s of torch's 8192³ matrix product of this dtype, measured once in this run; fp32 without TF32."""
     N = 8192
+    if dtype == "e4m3":
+        a, one = torch.randn(N, N, device="cuda").to(torch.float8_e4m3fn), torch.ones((), device="cuda")
+        product = functools.partial(torch._scaled_mm, a, a.t(), one, one, out_dtype=torch.bfloat16)
+        return 2 * N**3 / timing.time_launch(product).ms * 1e-9
     a, b = (torch.randn(N, N, device="cuda").to(DTYPES[dtype]) for _ in range(2))
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -10,6 +10,8 @@ LSE         float32 whatever the dtype: the fp32 rule
 Outputs are poisoned with NaN before the launch, inputs must be the same bits after it.  A second call, with other
 numbers in the same memory, refuses what remembers the first; on a GPU those numbers arrive late.  What the oracle gives
 for non-finite inputs (NaN, Inf) the kernel must give too; E is then taken where it is finite.
+
+A kernel whose products take e4m3 has a gate of its own: gate_fp8.py.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ import torch
 
 from .. import reference
 from ..problem import NAMES, Problem
+from ..quantize import Quantized
 from ..reference import UNIT
 from ..variant import Device, Tile, Variant
+from . import gate_fp8
 from .traffic import Traffic
 
 TINY = {"fp32": 2.0**-126, "fp16": 2.0**-24, "bf16": 2.0**-126}  # below it no bound is relative
@@ -98,6 +102,7 @@ class _Call:
     fixed: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
     stars: tuple[torch.Tensor, torch.Tensor]  # O* and LSE*
+    quantized: Quantized | None = None  # of a kernel whose products take e4m3
 
     def take(self, other: _Call) -> None:
         """The numbers of another call of this problem, outputs poisoned again, in the memory of this one."""
@@ -106,7 +111,7 @@ class _Call:
                 x.copy_(theirs[name])
 
 
-def _prepare(variant, problem, tile, inputs, device) -> _Call:
+def _prepare(variant, problem, tile, inputs, device, quantized=False) -> _Call:
     launcher = variant.launcher(problem, tile, device)
     q, k, v, mask = inputs.q, inputs.k, inputs.v, inputs.mask
     seen = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask
@@ -119,34 +124,43 @@ def _prepare(variant, problem, tile, inputs, device) -> _Call:
         given = {"O": O_star.to(q.dtype), "LSE": LSE_star.float(), "dO": inputs.dO}
         outputs = {"dQ": poisoned(q), "dK": poisoned(k), "dV": poisoned(v)}
 
+    fixed, x = {**inputs.named(), **given}, None
+    if variant.scales:
+        x = launcher.quantize(q, k, v)
+    if quantized:
+        fixed = {name: y for name, y in vars(x).items() if isinstance(y, torch.Tensor)}
+
     def launch():
+        if quantized:
+            return launcher.attend(problem, x, *outputs.values())
         return launcher(problem, q, k, v, seen, *given.values(), *outputs.values())
 
-    return _Call(launch, {**inputs.named(), **given}, outputs, (O_star, LSE_star))
+    return _Call(launch, fixed, outputs, (O_star, LSE_star), x)
 
 
 def check(
-    variant: Variant, problem: Problem, tile: Tile, inputs: Inputs, device: Device, again: Inputs | None = None
-) -> Verdict:
+    variant: Variant, problem: Problem, tile: Tile, inputs: Inputs, device: Device, again: Inputs | None = None,
+    quantized: bool = False,
+) -> Verdict:  # fmt: skip
     """Runs the variant once and judges it.  Raises Infeasible where the tile does not fit.
 
-    again  other numbers for a second call in the same memory, which `inputs` holds from then on
+    again      other numbers for a second call in the same memory, which `inputs` holds from then on
+    quantized  a kernel whose products take e4m3 is given inputs that are quantized already
     """
-    call = _prepare(variant, problem, tile, inputs, device)
+    call = _prepare(variant, problem, tile, inputs, device, quantized)
     before = {name: x.clone() for name, x in call.fixed.items()}
     with _counting(device) as counted:
         _nothing(call.launch(), call)
-    allowances = _allowances(problem, inputs, *call.stars, variant.direction)
-    verdict = _verdict(call, call.outputs, before, allowances, _traffic(counted))
+    verdict = _verdict(call, call.outputs, before, _allowed_to(problem, tile, inputs, call, variant), _traffic(counted))
     if again is None or not verdict.passed:
         return verdict
-    other = _prepare(variant, problem, tile, again, device)
+    other = _prepare(variant, problem, tile, again, device, quantized)
     with _late(device):
         call.take(other)
         call.launch()
         outputs = {name: x.clone() for name, x in call.outputs.items()}
-    allowances = _allowances(problem, again, *other.stars, variant.direction)
-    second = _verdict(call, outputs, other.fixed, allowances, verdict.traffic)
+    call = replace(call, stars=other.stars, quantized=other.quantized)
+    second = _verdict(call, outputs, other.fixed, _allowed_to(problem, tile, again, call, variant), verdict.traffic)
     return second if second.passed else replace(second, why=f"{AGAIN}: {second.why}")
 
 
@@ -175,6 +189,13 @@ def _nothing(returned, call) -> None:
         )
 
 
+def _allowed_to(problem, tile, inputs, call, variant):
+    """output -> (what it is to be, allowed absolute error)."""
+    if call.quantized is not None:
+        return gate_fp8.allowances(problem, tile, call.quantized, call.stars)
+    return _allowances(problem, inputs, *call.stars, variant.direction)
+
+
 def _verdict(call, outputs, before, allowances, traffic) -> Verdict:
     why = [f"input {name} was changed" for name, x in call.fixed.items() if not same_bits(x, before[name])]
     errors, ratios, excess = [0.0], [0.0], {}
@@ -188,6 +209,11 @@ def _verdict(call, outputs, before, allowances, traffic) -> Verdict:
         if ratios[-1] > 1:
             why.append(f"{name} is off by {error:.3g}, {ratios[-1]:.3g} x what is allowed")
             excess[name] = ratios_here
+    if call.quantized is not None and outputs["O"].shape == call.stars[0].shape:
+        found, expected = gate_fp8.rmse(outputs["O"], allowances["O"][0], call.stars[0])
+        ratios.append(found / (gate_fp8.WORSE * expected) if expected else torch.inf if found else 0.0)
+        if ratios[-1] > 1:
+            why.append(f"O's RMSE is {found:.3g}, the emulation's {expected:.3g}: at most {gate_fp8.WORSE} x that")
     return Verdict(not why, max(errors), max(ratios), "; ".join(why), traffic, call.launch, excess)
 
 

@@ -107,7 +107,7 @@ DEVICE float scale_of(float most, float *of_warp, int row) {
     __syncthreads();
     const int first = row / Block * WARPS;
     for (int w = 0; w < WARPS; ++w) most = fmaxf(most, of_warp[first + w]);
-    return most == 0.f ? 1.f : fmaxf(most / 448.f, 5.421010862427522e-20f);  // 2⁻⁶⁴
+    return most == 0.f ? 1.f : fmaxf(most * (1.f / 448.f), 5.421010862427522e-20f);  // 2⁻⁶⁴
 }
 
 DEVICE int pad(int N) { return (N + 15) / 16 * 16; }

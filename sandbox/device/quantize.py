@@ -1,0 +1,116 @@
+"""quantize() in one pass on a Hopper GPU, or emulated: 16 bits are read once, e4m3 and scales written.  [floor 1]
+
+kernels/hopper/quantize.cu does bit for bit what sandbox/quantize.py, the reference, says.  Scales that more than a
+block share take a pass before, which reads too, and writes the largest number of each head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+
+import torch
+
+from ..problem import NAMES
+from ..quantize import E4M3, HADAMARD, KEYS, KV_BLOCK, Q_BLOCK, Quantized, check_inputs, scale_of, signs
+from .hopper import HEADERS, HopperLaunch, addressable
+
+FILE = HEADERS / "quantize.cu"
+BLOCKS, AMAX, GIVEN = range(3)  # quantize.cu: Step
+NUMBERS = 32  # of a row, that a thread takes
+ROWS, MOST_THREADS = 128, 1024
+
+
+class Side(ctypes.Structure):
+    """Q, K or V on its way: quantize.cu."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("source", "to", "scale")]
+    _fields_ += [(name, ctypes.c_longlong) for name in ("batch", "row", "head")]
+    _fields_ += [(name, ctypes.c_int) for name in ("N", "H", "blocks", "tiles")]
+
+
+class Sides(ctypes.Structure):
+    _fields_ = [("Q", Side), ("K", Side), ("V", Side), ("heads_q", ctypes.c_int), ("heads_kv", ctypes.c_int)]
+    _fields_ += [("flip", ctypes.c_uint32 * 8)]
+
+
+@torch.no_grad()
+def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, incoherent=True, seed=0) -> Quantized:
+    """As sandbox.quantize.quantize: Q, K, V [B, N, H, d] in fp16 or bf16, d = 64, 128 or 256.
+
+    Raises ValueError or TypeError, naming the argument, before anything is launched.
+    """
+    check_inputs(q, k, v, scales, q_block, kv_block)
+    _check_here(q, k, v)
+    q, k, v = (addressable(x) for x in (q, k, v))
+    (B, N_q, H, d), (N_k, H_kv) = q.shape, k.shape[1:3]
+    blocked = scales == "block"
+    if not blocked:
+        q_block, kv_block = max(1, N_q), max(1, N_k)
+    rows = _rows(d, q_block, kv_block) if blocked else ROWS
+    n_q, n_k = (-(-N_q // q_block), -(-N_k // kv_block)) if blocked else (1, 1)
+    new = q.new_empty
+    q8, k8 = new(B, N_q, H, d, dtype=E4M3), new(B, N_k, H_kv, d, dtype=E4M3)
+    v8 = new(B, H_kv, d, -(-N_k // KEYS) * KEYS, dtype=E4M3)
+    found = [q.new_zeros(B, heads, n, dtype=torch.float32) for heads, n in ((H, n_q), (H_kv, n_k), (H_kv, n_k))]
+
+    def go(step):
+        defines = {
+            "HEAD_DIM": d, "ROWS": rows, "Q_BLOCK": q_block if blocked else rows,
+            "KV_BLOCK": kv_block if blocked else rows, "BF16": int(NAMES[q.dtype] == "bf16"),
+            "INCOHERENT": int(incoherent), "STEP": step,
+        }  # fmt: skip
+        sides = [_side(x, to, scale, rows) for x, to, scale in zip((q, k, v), (q8, k8, v8), found)]
+        flip = (ctypes.c_uint32 * 8)(*(_bits(signs(d, seed)) if incoherent else ()))
+        blocks = B * (H * sides[0].tiles + H_kv * (sides[1].tiles + sides[2].tiles))
+        shared = rows * (d + 8) + 4 * MOST_THREADS // 32
+        _launch(tuple(defines.items()), rows * d // NUMBERS, shared)(blocks, Sides(*sides, B * H, B * H_kv, flip))
+
+    if blocked:
+        go(BLOCKS)
+    else:
+        go(AMAX)
+        for scale in found:
+            amax = scale.amax().expand_as(scale) if scales == "tensor" and scale.numel() else scale
+            scale.copy_(scale_of(amax))
+        go(GIVEN)
+    return Quantized(q8, k8, v8, *found, q_block, kv_block, scales)
+
+
+def _rows(d: int, q_block: int, kv_block: int) -> int:
+    """Rows of a thread block: some blocks of either kind.  Raises ValueError where there is no such number."""
+    rows = math.lcm(q_block, kv_block)
+    for name, block in (("q_block", q_block), ("kv_block", kv_block)):
+        if block % 32 or rows * d // NUMBERS > MOST_THREADS:
+            most = MOST_THREADS * NUMBERS // d
+            raise ValueError(
+                f"{name}={block}: expected a multiple of 32 that with the other, q_block={q_block} and "
+                f"kv_block={kv_block}, has a common multiple of at most {most} rows"
+            )
+    return rows
+
+
+def _side(x, to, scale, rows) -> Side:
+    (N, H), (batch, row, head) = x.shape[1:3], x.stride()[:3]
+    pointers = (x.data_ptr(), to.data_ptr(), scale.data_ptr())
+    return Side(*pointers, batch, row, head, N, H, scale.shape[2], -(-N // rows))
+
+
+def _bits(signs) -> list[int]:
+    """Bit c % 32 of word c // 32 is set where sign c is negative."""
+    negative = (signs < 0).tolist()
+    return [sum(bit << n for n, bit in enumerate(negative[c : c + 32])) for c in range(0, len(negative), 32)]
+
+
+@functools.cache
+def _launch(defines, threads: int, shared: int) -> HopperLaunch:
+    return HopperLaunch(FILE, "quantize", threads, shared, dict(defines))
+
+
+def _check_here(q, k, v) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in (torch.float16, torch.bfloat16) or x.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}: expected float16 or bfloat16, all three the same")
+    if q.shape[-1] not in HADAMARD:
+        raise ValueError(f"head_dim d={q.shape[-1]}: expected one of {', '.join(map(str, HADAMARD))}")

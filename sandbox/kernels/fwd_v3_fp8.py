@@ -1,0 +1,218 @@
+"""FlashAttention-3, forward, in 8 bits: both products take e4m3, with a scale for each block.  [FA3, 2407.08608, §3.3]
+
+The kernel is hopper/fwd_v3_fp8.cu, FlashAttention-3's as fwd_v3 is.  Q, K and V come in 16 bits and are quantized first,
+in one pass (device/quantize.py), or as a Quantized, whose blocks then decide the tile.  What was learned: the softmax, not
+the products, takes the time at d <= 128 (16 exponentials a cycle beside 8,192 FLOPs), so every instruction of it counts.
+Exponentials by polynomial, P packed early, and a maximum that is guessed were slower on an H100.
+"""
+
+import ctypes
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from ..device.hopper import Counter, HopperLaunch, Output, Panels, addressable, shape_of
+from ..device.quantize import quantize
+from ..quantize import HADAMARD, Quantized
+from ..variant import Infeasible, Tile, Unsupported, Variant
+
+FILE = Path(__file__).parent / "hopper" / "fwd_v3_fp8.cu"
+WARPGROUP_ROWS, MOST_KEYS, PANEL_BYTES = 64, 256, 128
+Q_BLOCK = WARPGROUP_ROWS  # rows of Q that share a scale; of K and V a tile's keys do
+ACCUMULATORS = {2: 208, 3: 132, 4: 80}  # registers a thread has for its tiles, by warpgroups
+TILES = (
+    *(Tile(128, Bc) for Bc in (64, 96, 128, 160, 192)), *(Tile(192, Bc) for Bc in (64, 96, 128, 160)), Tile(256, 64),
+)  # fmt: skip
+
+
+class Scales(ctypes.Structure):
+    """What e4m3 is worth: fwd_v3_fp8.cu."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in "QKV"]
+    _fields_ += [(name, ctypes.c_int) for name in ("q_blocks", "q_rows", "kv_blocks")]
+
+
+def width(bytes: int) -> int:
+    """Of a panel of rows of so many bytes: 128, 64 or 32, what the copy engine swizzles."""
+    return next(w for w in (PANEL_BYTES, 64, 32) if bytes % w == 0)
+
+
+def shared_bytes(d: int, tile: Tile, switches: "Switches") -> int:
+    """sQ [Br, d], sK and sV [Bc, d] in 8 bits, sO [Br, d] in 16 where it is apart; and 4,096 bytes for barriers and to
+    align them all."""
+    rows = (1 + 2 * switches.o_apart) * tile.Br + 2 * switches.stages * tile.Bc
+    return d * rows + 4096
+
+
+def accumulators(d: int, tile: Tile, switches: "Switches") -> int:
+    """Registers a thread needs for S, P and O [64, ·] of its warpgroup, and for Q where it is in registers."""
+    return tile.Bc // 2 + tile.Bc // 8 + d // 2 + 4 * switches.q_in_registers
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What can be turned, one by one; those of fwd_v3 and
+
+    scales      'block': one for 64 rows of Q, and one for a tile's keys of K and of V; 'head', 'tensor'
+    incoherent  Q and K are rotated before they are quantized
+    """
+
+    stages: int = 2
+    o_apart: bool = False
+    q_in_registers: int = 0  # columns of Q, by 32
+    unroll: int = 1
+    ping_pong: bool = False
+    overlap: bool = True
+    dynamic: bool = True
+    persistent: bool = True
+    scales: str = "block"
+    incoherent: bool = True
+
+
+HOST = ("persistent", "scales", "incoherent")  # switches that the kernel does not see
+
+
+def chosen(problem, tile, device) -> Switches:
+    """The switches that are used: Q in registers, a tile for O and up to four stages, as they fit."""
+    d = problem.d
+    room = ACCUMULATORS[tile.Br // WARPGROUP_ROWS] - accumulators(d, tile, Switches())
+    found = Switches(q_in_registers=d // 32 if room >= d // 8 else 0)
+    choices = [replace(found, stages=n, o_apart=apart) for apart in (True, False) for n in (4, 3, 2)]
+    fits = (s for s in choices if shared_bytes(d, tile, s) <= device.shared)
+    return next(fits, choices[-1])
+
+
+def fit(problem, tile, device, **turned):
+    if problem.dtype == "fp32":
+        raise Unsupported("fwd_v3_fp8 quantizes fp16 and bf16, not fp32: fwd_v2 takes fp32")
+    if problem.mask.boolean:
+        raise Unsupported("fwd_v3_fp8 has no boolean masks: fwd_v2 has them")
+    if problem.d not in HADAMARD:
+        raise Unsupported(f"fwd_v3_fp8 takes head_dim 64, 128 and 256, not {problem.d}: fwd_v3 takes multiples of 8")
+    if problem.scale <= 0:
+        raise Unsupported(f"fwd_v3_fp8 takes a scale above 0, not {problem.scale:g}: fwd_v3 takes any")
+    if device.capability[0] != 9:
+        major, minor = device.capability
+        raise Unsupported(f"fwd_v3_fp8 needs a Hopper GPU (sm_90), this is sm_{major}{minor}: fwd_v2 runs here")
+    if tile.Br not in (128, 192, 256) or tile.Bc % 32 or tile.Bc > MOST_KEYS:
+        raise Infeasible(tile, f"fwd_v3_fp8 takes 128, 192 or 256 rows and a multiple of 32 keys up to {MOST_KEYS}")
+    switches, d = replace(chosen(problem, tile, device), **turned), problem.d
+    if (need := shared_bytes(d, tile, switches)) > device.shared:
+        raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
+    warpgroups = tile.Br // WARPGROUP_ROWS
+    if (need := accumulators(d, tile, switches)) > ACCUMULATORS[warpgroups]:
+        raise Infeasible(tile, f"needs {need} registers a thread for its tiles, there are {ACCUMULATORS[warpgroups]}")
+    if not switches.o_apart and switches.stages * tile.Bc < 2 * tile.Br:
+        raise Infeasible(tile, f"O leaves through V's tiles, which hold {switches.stages * tile.Bc // 2} rows of it")
+
+
+def usual(problem, device, scales="block", **turned) -> Tile:
+    """The fastest tile of sweeps on an H100."""
+    if problem.d == 64:
+        tile = Tile(192, 160) if scales == "block" else Tile(192, 128)
+    elif problem.d == 128:
+        small = problem.mask.banded and problem.N_k <= 4096 and scales != "block"
+        tile = Tile(128, 128) if small else Tile(192, 96)
+    else:
+        tile = Tile(128, 128)
+    fit(problem, tile, device, scales=scales, **turned)
+    return tile
+
+
+def made(problem, tile, switches: Switches, marks: int = 0):
+    """[plain, capped]: the kernels of this kind of problem.  Capped: scores go through softcap before the softmax."""
+    on = {name.upper(): int(value) for name, value in asdict(switches).items() if name not in HOST}
+    defines = {
+        "HEAD_DIM": problem.d, "WARPGROUPS": tile.Br // WARPGROUP_ROWS, "TILE_BC": tile.Bc,
+        "BF16": int(problem.dtype == "bf16"), "BANDED": int(problem.mask.banded),
+        "BLOCKED": int(switches.scales == "block"), **on,
+    }  # fmt: skip
+    if marks:
+        defines["TRACE"] = marks
+    threads = 128 * (defines["WARPGROUPS"] + 1)
+    bytes = shared_bytes(problem.d, tile, switches)
+    return [HopperLaunch(FILE, "fwd_v3_fp8", threads, bytes, {**defines, "SCORED": scored}) for scored in (0, 1)]
+
+
+class Launch:
+    """launch(problem, Q, K, V, mask, O, LSE) of 16-bit tensors; launch.attend(problem, x, O, LSE) of a Quantized."""
+
+    def __init__(self, problem, tile, device, marks=None, **turned):
+        self.tile, self.device, self.marks = tile, device, marks
+        self.switches = replace(chosen(problem, tile, device), **turned)
+        self.plain, self.capped = made(problem, tile, self.switches, 0 if marks is None else marks.shape[2])
+
+    def __call__(self, problem, Q, K, V, mask, O, LSE):
+        if O.numel():
+            self.attend(problem, self.quantize(Q, K, V), O, LSE)
+
+    def quantize(self, Q, K, V) -> Quantized:
+        switches = self.switches
+        if K.shape[1] == 0:  # there is no map of an empty tensor: one key that the mask hides
+            K = V = Q.new_zeros(Q.shape[0], 1, K.shape[2], Q.shape[3])
+        options = {"scales": switches.scales, "incoherent": switches.incoherent}
+        return quantize(Q, K, V, q_block=Q_BLOCK, kv_block=self.tile.Bc, **options)
+
+    def attend(self, problem, x: Quantized, O, LSE):
+        """Raises ValueError where x's scales are not what this kernel was built for."""
+        tile, switches = self.tile, self.switches
+        self.check(x)
+        (B, N_q, H, d), N_k = x.q.shape, problem.N_k
+        shape = shape_of(problem, 2 * max(1, N_k) * d)
+        scales = Scales(
+            x.q_scale.data_ptr(), x.k_scale.data_ptr(), x.v_scale.data_ptr(), x.q_scale.shape[2], x.q_block,
+            x.k_scale.shape[2],
+        )  # fmt: skip
+        blocks = B * H * -(-N_q // tile.Br)
+        if switches.persistent:
+            blocks = min(self.device.sms, blocks)
+        if self.marks is not None and blocks > len(self.marks):
+            raise ValueError(f"marks has room for {len(self.marks)} blocks: {blocks} are launched")
+        run = self.capped if problem.softcap > 0 else self.plain
+        run(
+            blocks, Panels("Q", addressable(x.q), WARPGROUP_ROWS, width(d)),
+            Panels("K", addressable(x.k), tile.Bc, width(d)), Panels("V", x.v.transpose(1, 2), d, width(tile.Bc)),
+            Panels("O", O, WARPGROUP_ROWS), Output("LSE", LSE), Counter(),
+            ctypes.c_void_p() if self.marks is None else Output("marks", self.marks), scales, shape,
+        )  # fmt: skip
+
+    def check(self, x: Quantized):
+        blocked = self.switches.scales == "block"
+        if (x.scales == "block") != blocked:
+            raise ValueError(f"scales={x.scales!r}: this kernel was built for scales={self.switches.scales!r}")
+        if blocked and (x.q_block % Q_BLOCK or x.kv_block != self.tile.Bc):
+            raise ValueError(
+                f"q_block={x.q_block}, kv_block={x.kv_block}: tile {self.tile} takes blocks of Q of a multiple of "
+                f"{Q_BLOCK} rows, and of K and V of {self.tile.Bc} keys"
+            )
+
+
+VARIANT = Variant(
+    name="fwd_v3_fp8",
+    direction="fwd",
+    generation="v3",
+    loop_order="q_outer",
+    parent="fwd_v3",
+    delta="both products in e4m3: blocks of Q, K and V have scales, Q and K are rotated against outliers",
+    dtypes=("fp16", "bf16"),
+    fit=fit,
+    build=Launch,
+    tiles=TILES,
+    usual=usual,
+    unit="tensor",
+    pace=1e-8,
+    scales="block",
+)
+
+
+def turned(**switches) -> Variant:
+    """The same kernel with these switches, and else as `chosen`: an ablation."""
+    name = " ".join(["fwd_v3_fp8", *(f"{switch}={value}" for switch, value in switches.items())])
+    parts = {part: partial(getattr(VARIANT, part), **switches) for part in ("fit", "build", "usual")}
+    return replace(VARIANT, name=name, scales=switches.get("scales", "block"), **parts)
+
+
+def traced(marks, **switches) -> Variant:
+    """The same, with time stamps: marks, an int32 tensor [blocks, warpgroups, marks, 2] of zeros, takes them."""
+    variant = turned(**switches)
+    return replace(variant, build=partial(variant.build, marks=marks))
