@@ -90,8 +90,8 @@ class Variant:
     usual       (problem, device) -> the tile it takes; None leaves that to choose_tile's estimate
     unit        what multiplies: 'fma', one number at a time, or 'tensor', the tensor cores
     pace        seconds that a multiply-add of it takes where it is simulated
-    scales      'block' | 'head' | 'tensor' where its products take e4m3: what shares a scale (a block is 64 rows of Q, or
-                a tile's keys of K or V); None where they take the inputs' dtype
+    scales      'block' | 'head' | 'tensor' where its products take e4m3: what shares a scale (a block is 64 rows of
+                Q, or a tile's keys of K or V); None where they take the inputs' dtype
     """
 
     name: str

@@ -71,7 +71,7 @@ DEFECTS = {
     ),
     "a parity that never turns": (RING, "stage = 0, parity ^= 1", "stage = 0", None),
     "fewer bytes than arrive": (CU, "ring.announce(KV_BYTES)", "ring.announce(KV_BYTES - 128)", "nobody can go on"),
-    "8-row groups elsewhere": (PRODUCTS, "descriptor(panel, 16, 1024)", "descriptor(panel, 16, 512)", None),
+    "8-row groups elsewhere": (PRODUCTS, "descriptor(panel, 16, 8 * width", "descriptor(panel, 16, 4 * width", None),
     "V's keys elsewhere": (PRODUCTS, "NEXT_ROWS = 2048 >> 4", "NEXT_ROWS = 1024 >> 4", None),
     "O not swizzled": (CU, "(chunk % 8 ^ r % 8) * 16", "chunk % 8 * 16", None),
     "rows and columns of S mistaken": (SOFTMAX, "e / 2 % 2", "e % 2", None),

@@ -50,7 +50,7 @@ def COMMAND(ctx, name, N, d, H, B, causal, dtype, tile, switches, block, marks, 
     module = sys.modules[variant.build.__module__]
     if (traced := getattr(module, "traced", None)) is None:
         raise click.UsageError(f"{name} has no traced build: its file defines no `traced`, as that of fwd_v3 does")
-    turned = switches_of(switches, module.Switches)
+    turned = catalog.switches_of(switches, module.Switches)
     if target.KIND != "gpu":
         raise click.UsageError("trace needs a GPU: the emulator knows an order of things, but no time")
     device = target.device()

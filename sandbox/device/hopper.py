@@ -16,7 +16,6 @@ from .scalar import SIMULATED
 
 HEADERS = Path(__file__).parents[1] / "kernels" / "hopper"  # of kernels elsewhere, too
 L2_BYTES = 32 << 20  # of K and V that are worked on at a time
-SWIZZLE_BYTES = 128  # of a panel's row
 
 
 class Shape(ctypes.Structure):
@@ -35,11 +34,15 @@ def shape_of(p: Problem, head_bytes: int) -> Shape:
 
 @dataclass(frozen=True)
 class Panels:
-    """A tensor [batch, N, heads, d] that a kernel copies in boxes of 128 bytes of d x `rows` rows of one head."""
+    """A tensor [batch, N, heads, d] that a kernel copies in boxes of `width` bytes of d x `rows` rows of one head.
+
+    width  128, 64 or 32: of the swizzle, too
+    """
 
     name: str
     x: torch.Tensor
     rows: int
+    width: int = 128
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,14 @@ class HopperLaunch:
 
 def _device(a):
     if isinstance(a, Panels):
-        return nvrtc.TensorMap.tiled(a.x.transpose(1, 2), _box(a), swizzle="128B")
+        return nvrtc.TensorMap.tiled(*_boxes(a))
     if isinstance(a, Counter):
         return _counter()
     return a.x if isinstance(a, Output) else a
 
 
-def _box(a: Panels) -> tuple[int, ...]:
-    return 1, 1, a.rows, SWIZZLE_BYTES // a.x.element_size()
+def _boxes(a: Panels) -> tuple[torch.Tensor, tuple[int, ...], str]:
+    return a.x.transpose(1, 2), (1, 1, a.rows, a.width // a.x.element_size()), f"{a.width}B"
 
 
 def _counter() -> torch.Tensor:
@@ -133,8 +136,8 @@ def _counters(device: torch.device, stream: int) -> torch.Tensor:
 
 def _host(a):
     if isinstance(a, Panels):
-        nvrtc.tensor_map.layout(a.x.transpose(1, 2), _box(a), "128B")  # what the copy engine would refuse
-        return emulator.TensorMap.of(a.x, a.rows)
+        nvrtc.tensor_map.layout(*_boxes(a))  # what the copy engine would refuse
+        return emulator.TensorMap.of(a.x, a.rows, a.width)
     if isinstance(a, Counter):
         zero = ctypes.c_int(0)
         pointer = ctypes.c_void_p(ctypes.addressof(zero))

@@ -28,7 +28,7 @@ class EmulatorError(RuntimeError):
 
 
 class TensorMap(ctypes.Structure):
-    """A tensor [batch, rows, heads, columns] and the panel of it that one copy moves: 64 columns x `rows` rows.
+    """A tensor [batch, rows, heads, columns] and the panel of it that one copy moves: `width` bytes x `rows` rows.
 
     Stands in for the driver's tensor map of the dimensions (columns, rows, heads, batch); counts elements as they move.
     """
@@ -40,11 +40,11 @@ class TensorMap(ctypes.Structure):
     ]  # fmt: skip
 
     @classmethod
-    def of(cls, x: torch.Tensor, rows: int) -> TensorMap:
+    def of(cls, x: torch.Tensor, rows: int, width: int = 128) -> TensorMap:
         element, order = x.element_size(), (3, 1, 2, 0)
         made = cls(
             x.data_ptr(), tuple(x.shape[i] for i in order), tuple(x.stride(i) * element for i in order),
-            (128 // element, rows, 1, 1), element,
+            (width // element, rows, 1, 1), element,
         )  # fmt: skip
         made.moved = (ctypes.c_uint64 * 2)()  # elements read, elements written
         made._moved = ctypes.addressof(made.moved)

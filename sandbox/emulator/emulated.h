@@ -7,9 +7,9 @@
 // registers hold NaN until written; what a thread stores to shared memory is seen by copies and products only after its
 // async_fence.  A block in which nobody can go on is told as a deadlock, with what each warp waits for.
 //
-// Layouts follow the PTX ISA (wgmma: register fragments, matrix descriptors, 128-byte swizzle; stmatrix; mbarrier), so
-// that a kernel that is right here addresses the hardware's layouts.  Not modelled: clusters, the order of memory
-// between blocks, time.
+// Layouts follow the PTX ISA (wgmma: register fragments, matrix descriptors, swizzles of 128, 64 and 32 bytes; stmatrix;
+// mbarrier), so that a kernel that is right here addresses the hardware's layouts.  Not modelled: clusters, the order of
+// memory between blocks, time, the bits that the hardware's sums of e4m3 lose: here they are in float32.
 #pragma once
 
 #include <ucontext.h>
@@ -56,15 +56,17 @@ struct TensorMap {
 };
 static_assert(sizeof(TensorMap) == 128, "as large as the driver's");
 
+enum Type { HALF, BFLOAT, E4M3 };  // of what is multiplied
+
 namespace emulated {
 
-struct Product16 {  // one wgmma of k = 16: A in shared memory or in registers
+struct Wgmma {  // one product of k = 16, of E4M3 32: A in shared memory or in registers
     float *c;
     u64 a, b;
     const u32 *registers;
     bool by_columns;  // B
-    int N;
-    bool bf16, add;
+    int N, type;
+    bool add;
 };
 
 struct Thread {
@@ -74,9 +76,9 @@ struct Thread {
     bool done = false;
     std::string waits;
     std::vector<std::pair<u32, u32>> stores;                 // (address, word): not yet fenced
-    std::vector<Product16> batch;                            // not yet committed
-    std::deque<std::vector<Product16>> batches;              // committed, not yet carried out
-    std::vector<std::function<void()>> out, out_committed;  // copies out
+    std::vector<Wgmma> batch;                                // not yet committed
+    std::deque<std::vector<Wgmma>> batches;                  // committed, not yet carried out
+    std::vector<std::function<void()>> out, out_committed;   // copies out
 };
 
 struct Barrier {
@@ -105,7 +107,7 @@ struct Block {
 };
 inline Block *block;
 inline u32 ticks;   // a clock of the order of things, not of time
-inline u64 stored;  // numbers to global memory, by `store`, since the launch began
+inline u64 stored;  // numbers to global memory, by `store` and its like, since the launch began
 
 [[noreturn]] inline void fail(const std::string &what) {
     throw std::runtime_error(what + ", thread " + std::to_string(threadIdx.x) + " of block " + std::to_string(blockIdx.x));
@@ -213,16 +215,31 @@ inline std::string warp() { return "lanes of a warp " + std::to_string(threadIdx
 
 // ---- shared memory ------------------------------------------------------------------------------------------------
 
-inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }  // 16-byte chunks within 8 rows of 128
+// 16-byte chunks change places within 8 rows, which are `width` bytes wide: 128, 64 or 32.
+inline u32 swizzled(u32 address, u32 width) { return address ^ (address >> 7 & (width / 16 - 1)) << 4; }
 
 inline unsigned char *at(u32 address, u32 bytes) {
     if (address + bytes > block->shared_bytes) fail("address " + std::to_string(address) + " is past shared memory");
     return dynamic + address;
 }
 
-inline float number(uint16_t bits, bool bf16) {
+// Shared memory at p, for a load or a store of so many bytes; null where p is global memory.
+inline unsigned char *own(const void *p, u32 bytes) {
+    if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes that is not aligned");
+    const auto *byte = static_cast<const unsigned char *>(p);
+    return byte >= dynamic && byte < dynamic + sizeof dynamic ? at(u32(byte - dynamic), bytes) : nullptr;
+}
+
+constexpr int bytes_of(int type) { return type == E4M3 ? 1 : 2; }
+
+inline float number(uint16_t bits, int type) {
     uint32_t word;
-    if (bf16) {
+    if (type == E4M3) {
+        const int exponent = bits >> 3 & 15, fraction = bits & 7;
+        if (exponent == 15 && fraction == 7) return NAN;
+        return std::ldexp(float(exponent ? 8 + fraction : fraction), max(exponent, 1) - 10) * (bits & 0x80 ? -1.f : 1.f);
+    }
+    if (type == BFLOAT) {
         word = uint32_t(bits) << 16;
     } else {
         const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -234,11 +251,20 @@ inline float number(uint16_t bits, bool bf16) {
     return x;
 }
 
-inline uint16_t bits_of(float x, bool bf16) {  // to nearest even
+inline uint16_t bits_of(float x, int type) {  // to nearest even; of E4M3 what is larger than 448 becomes 448
     uint32_t word;
     std::memcpy(&word, &x, 4);
+    if (type == E4M3) {
+        const uint32_t sign = word >> 24 & 0x80;
+        if (std::isnan(x)) return 0x7F;
+        const float size = std::fabs(x);
+        if (size >= 448.f) return sign | 0x7E;
+        if (size < 0.015625f) return sign | uint32_t(std::nearbyint(std::ldexp(size, 9)));
+        word = (word & 0x7FFFFFFF) - (120u << 23);
+        return sign | (word + 0x7FFFF + (word >> 20 & 1)) >> 20;
+    }
     const uint32_t sign = word >> 16 & 0x8000;
-    if (bf16) return std::isnan(x) ? 0x7FFF : (word + 0x7FFF + (word >> 16 & 1)) >> 16;
+    if (type == BFLOAT) return std::isnan(x) ? 0x7FFF : (word + 0x7FFF + (word >> 16 & 1)) >> 16;
     if (std::isnan(x)) return 0x7FFF;
     const float size = std::fabs(x);
     if (size >= 65520.f) return sign | 0x7C00;
@@ -247,10 +273,10 @@ inline uint16_t bits_of(float x, bool bf16) {  // to nearest even
     return sign | (word + 0xFFF + (word >> 13 & 1)) >> 13;
 }
 
-inline float element(u32 address, bool bf16) {
-    uint16_t bits;
-    std::memcpy(&bits, at(swizzled(address), 2), 2);
-    return number(bits, bf16);
+inline float element(u32 address, u32 width, int type) {
+    uint16_t bits = 0;
+    std::memcpy(&bits, at(swizzled(address, width), bytes_of(type)), bytes_of(type));
+    return number(bits, type);
 }
 
 // ---- products -----------------------------------------------------------------------------------------------------
@@ -259,33 +285,43 @@ inline u32 start_of(u64 d) { return (d & 0x3FFF) << 4; }
 inline u32 leading_of(u64 d) { return (d >> 16 & 0x3FFF) << 4; }
 inline u32 stride_of(u64 d) { return (d >> 32 & 0x3FFF) << 4; }
 
-// rC of a warpgroup [64, N] += A [64, 16] B [16, N], the i-th product of the oldest batch of all its threads.
+// The width of a panel: its swizzle.
+inline u32 width_of(u64 d) {
+    if (d >> 62 == 0) fail("a descriptor without swizzle");
+    return 256 >> (d >> 62);
+}
+
+// Where row r of a tile by columns has its k-th byte.
+inline u32 by_columns_at(u64 d, int r, int k) { return start_of(d) + r / 8 * stride_of(d) + r % 8 * width_of(d) + k; }
+
+// rC of a warpgroup [64, N] += A [64, K] B [K, N], the i-th product of the oldest batch of all its threads.
 inline void carry_out(Thread *group, size_t i) {
-    const Product16 &p = group[0].batches.front()[i];
-    if (p.b >> 62 != 1 || (!p.registers && p.a >> 62 != 1)) fail("a descriptor without 128-byte swizzle");
-    float A[64][16];
-    std::vector<float> B(16 * p.N);
+    const Wgmma &p = group[0].batches.front()[i];
+    const int size = bytes_of(p.type), K = 32 / size, in_one = 4 / size;  // numbers in a register
+    if (!p.by_columns && width_of(p.b) != 128) fail("a product by rows of panels that are not 128 bytes wide");
+    std::vector<float> A(64 * K), B(K * p.N);
     for (int r = 0; r < 64; ++r)
-        for (int k = 0; k < 16; ++k) {
-            if (p.registers) {  // lane 4 (r % 8) + k / 2 % 4 of warp r / 16; registers: rows r, r + 8, then columns + 8
-                const Thread &t = group[r / 16 * 32 + r % 8 * 4 + k / 2 % 4];
-                const u32 both = t.batches.front()[i].registers[r / 8 % 2 + k / 8 * 2];
-                A[r][k] = number(k % 2 ? both >> 16 : both & 0xFFFF, p.bf16);
+        for (int k = 0; k < K; ++k) {
+            if (p.registers) {  // lane 4 (r % 8) + k / in_one % 4 of warp r / 16; registers: rows r, r + 8, then k + K / 2
+                const Thread &t = group[r / 16 * 32 + r % 8 * 4 + k / in_one % 4];
+                const u32 some = t.batches.front()[i].registers[r / 8 % 2 + k / (K / 2) * 2];
+                A[K * r + k] = number(some >> 8 * size * (k % in_one) & (size == 1 ? 0xFF : 0xFFFF), p.type);
             } else {
-                A[r][k] = element(start_of(p.a) + r / 8 * stride_of(p.a) + r % 8 * 128 + 2 * k, p.bf16);
+                A[K * r + k] = element(by_columns_at(p.a, r, k * size), width_of(p.a), p.type);
             }
         }
     for (int n = 0; n < p.N; ++n)
-        for (int k = 0; k < 16; ++k)
-            B[16 * n + k] = !p.by_columns
-                ? element(start_of(p.b) + n / 64 * leading_of(p.b) + k / 8 * stride_of(p.b) + k % 8 * 128 + n % 64 * 2, p.bf16)
-                : element(start_of(p.b) + n / 8 * stride_of(p.b) + n % 8 * 128 + 2 * k, p.bf16);
+        for (int k = 0; k < K; ++k)
+            B[K * n + k] = p.by_columns
+                ? element(by_columns_at(p.b, n, k * size), width_of(p.b), p.type)
+                : element(start_of(p.b) + n / 64 * leading_of(p.b) + k / 8 * stride_of(p.b) + k % 8 * 128 + n % 64 * 2, 128,
+                          p.type);
     for (int x = 0; x < 128; ++x) {
-        const Product16 &mine = group[x].batches.front()[i];
+        const Wgmma &mine = group[x].batches.front()[i];
         for (int e = 0; e < p.N / 2; ++e) {
             const int r = x / 32 * 16 + x % 32 / 4 + e / 2 % 2 * 8, n = e / 4 * 8 + x % 4 * 2 + e % 2;
             float sum = mine.add ? mine.c[e] : 0.f;
-            for (int k = 0; k < 16; ++k) sum += A[r][k] * B[16 * n + k];
+            for (int k = 0; k < K; ++k) sum += A[K * r + k] * B[K * n + k];
             mine.c[e] = sum;
         }
     }
@@ -312,8 +348,9 @@ inline void products_until(size_t pending) {
 
 template <class Visit>
 void box(const TensorMap &map, u32 tile, const int (&from)[4], Visit visit) {
-    if (tile % 1024) fail("a swizzled tile that does not start at a multiple of 1,024 bytes");
-    if (map.box[0] * map.element != 128 || map.box[2] != 1 || map.box[3] != 1) fail("a box that is no panel");
+    const u64 width = map.box[0] * map.element;
+    if ((width != 128 && width != 64 && width != 32) || map.box[2] != 1 || map.box[3] != 1) fail("a box that is no panel");
+    if (tile % (8 * width)) fail("a swizzled tile that does not start at a multiple of 8 rows");
     for (u64 r = 0; r < map.box[1]; ++r)
         for (u64 c = 0; c < map.box[0]; ++c) {
             const long long place[4] = {from[0] + (long long)c, from[1] + (long long)r, from[2], from[3]};
@@ -322,7 +359,7 @@ void box(const TensorMap &map, u32 tile, const int (&from)[4], Visit visit) {
                 if (place[i] < 0 || place[i] >= (long long)map.size[i]) there = nullptr;
                 if (there) there += place[i] * map.stride[i];
             }
-            visit(at(swizzled(tile + r * 128 + c * map.element), map.element), there);
+            visit(at(swizzled(tile + r * width + c * map.element, width), map.element), there);
         }
 }
 
@@ -451,6 +488,7 @@ inline int first_lane(u32 lanes, const int &x) {
 inline u32 cycles() { return ++emulated::ticks; }
 inline u32 nanoseconds() { return emulated::ticks; }
 
+inline void settled(float &) {}
 template <int Size>
 void settled(float (&)[Size]) {}
 
@@ -468,7 +506,34 @@ void products_wait(float (&)[Size]) {
     emulated::products_until(Pending);
 }
 
+inline float load(const float *from) { return *from; }
+
 inline void store(float *to, float x) { *to = x, ++emulated::stored; }
+
+inline void load_16_bytes(const void *from, u32 (&to)[4]) { emulated::own(from, 16), std::memcpy(to, from, 16); }
+
+// Numbers of a byte; in shared memory they are not counted, and copies and products do not get to see them.
+inline void store_16_bytes(void *to, const u32 (&x)[4]) {
+    if (!emulated::own(to, 16)) emulated::stored += 16;
+    std::memcpy(to, x, 16);
+}
+inline void store_8_bytes(void *to, const u32 (&x)[2]) {
+    if (!emulated::own(to, 8)) emulated::stored += 8;
+    std::memcpy(to, x, 8);
+}
+
+inline void raise(float *to, float x) { *to = max(*to, x); }
+
+inline float largest(float x) {
+    u32 bits;
+    std::memcpy(&bits, &x, 4);
+    const u64 *all = emulated::meet(emulated::warp(), 32, bits);
+    bits = u32(*std::max_element(all, all + 32));  // of x >= 0 as of their bits
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline bool finite(float x) { return std::isfinite(x); }
 
 inline float exp2_approx(float x) { return exp2f(x); }
 
@@ -481,6 +546,16 @@ inline float tanh_fast(float x) { return tanhf(x); }
 template <bool Bf16>
 u32 pack(float low, float high) {
     return emulated::bits_of(low, Bf16) | u32(emulated::bits_of(high, Bf16)) << 16;
+}
+
+template <bool Bf16>
+void unpack(u32 both, float &low, float &high) {
+    low = emulated::number(both & 0xFFFF, Bf16), high = emulated::number(both >> 16, Bf16);
+}
+
+inline u32 pack_e4m3(float a, float b, float c, float d) {
+    const auto bits = [](float x) { return u32(emulated::bits_of(x, E4M3)); };
+    return bits(a) | bits(b) << 8 | bits(c) << 16 | bits(d) << 24;
 }
 
 inline void load_matrices(u32 address, u32 *to) {
@@ -498,15 +573,16 @@ inline void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
 
 // ---- wgmma.cuh ------------------------------------------------------------------------------------------------------
 
-template <int N, bool Bf16>
+template <int N, int Type>
 struct Product {
     static void tiles(float (&c)[N / 2], u64 a, int a_on, u64 b, int b_on, int add) {
-        emulated::block->current->batch.push_back({c, a + a_on, b + b_on, nullptr, true, N, Bf16, add != 0});
+        emulated::block->current->batch.push_back({c, a + a_on, b + b_on, nullptr, true, N, Type, add != 0});
     }
     static void columns(float (&c)[N / 2], const u32 *a, u64 b, int add) {
-        emulated::block->current->batch.push_back({c, 0, b, a, true, N, Bf16, add != 0});
+        emulated::block->current->batch.push_back({c, 0, b, a, true, N, Type, add != 0});
     }
     static void rows(float (&c)[N / 2], const u32 *a, u64 b) {
-        emulated::block->current->batch.push_back({c, 0, b, a, false, N, Bf16, true});
+        static_assert(Type != E4M3, "the hardware has none");
+        emulated::block->current->batch.push_back({c, 0, b, a, false, N, Type, true});
     }
 };

@@ -1,9 +1,9 @@
 """FlashAttention-3, forward, in 8 bits: both products take e4m3, with a scale for each block.  [FA3, 2407.08608, §3.3]
 
-The kernel is hopper/fwd_v3_fp8.cu, FlashAttention-3's as fwd_v3 is.  Q, K and V come in 16 bits and are quantized first,
-in one pass (device/quantize.py), or as a Quantized, whose blocks then decide the tile.  What was learned: the softmax, not
-the products, takes the time at d <= 128 (16 exponentials a cycle beside 8,192 FLOPs), so every instruction of it counts.
-Exponentials by polynomial, P packed early, and a maximum that is guessed were slower on an H100.
+The kernel is hopper/fwd_v3_fp8.cu, FlashAttention-3's as fwd_v3 is.  Q, K and V come in 16 bits and are quantized
+first, in one pass (device/quantize.py), or as a Quantized, whose blocks then decide the tile.  What was learned: at
+d <= 128 the softmax takes the time, not the products (16 exponentials a cycle beside 8,192 FLOPs), so that each of its
+instructions counts.  Exponentials by polynomial, P packed early and a guessed maximum were slower on an H100.
 """
 
 import ctypes
