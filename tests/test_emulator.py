@@ -7,6 +7,7 @@ copies, products and threads may be ordered; the unedited sources must be right 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,9 +31,9 @@ PROBLEM = Problem(1, 1, 1, 200, 260, 64, "fp16", mask=Mask(causal=True))
 TILE = Tile(128, 64)
 
 CU, RING, PRODUCTS, SOFTMAX = "fwd_v3.cu", "pipeline.cuh", "wgmma.cuh", "softmax.cuh"
-SCHEDULER = "scheduler.cuh"
+SCHEDULER, PRODUCERS = "scheduler.cuh", "producers.cuh"
 S_WAIT, O_WAIT = "products_wait<OVERLAP ? 1 : 0>(rS);", "products_wait<0>(rO);"
-K_FREE, V_FREE = "release_K(j);", "V.release(), V.next();"
+K_FREE, V_FREE = "release_K(j);", "release_V(j + 1);"
 IN_SOFTMAX, Q_FREE = "trace.enter(SOFTMAX);", "if (j == w.first) Q.release(), Q.next();"
 NL = "\n        "  # between two statements of a member function
 
@@ -46,9 +47,9 @@ DEFECTS = {
         CU, "settled(rS);", "take_P();", None,
     ),
     "V of the next rows before O has left": (
-        CU, f"copies_out_commit();{NL}    copies_out_read();{NL}}}", f"copies_out_commit();{NL}}}", None,
+        PRODUCERS, "send_O(O_here, s, O, w), copies_out_read();", "send_O(O_here, s, O, w);", None,
     ),
-    "O leaves before it is there": (CU, "O_here.wait(), O_here.next();", "", None),
+    "O leaves before it is there": (PRODUCERS, "O_here.wait(), O_here.next();", "", None),
     "O written where V is read": (
         CU, "if (!O_APART) named_sync(FIRST_NAME + WARPGROUPS, 128 * WARPGROUPS);", "", None,
     ),
@@ -60,9 +61,8 @@ DEFECTS = {
         CU, f"{S_WAIT}{NL}{IN_SOFTMAX}{NL}{K_FREE}", f"{Q_FREE}{NL}{S_WAIT}{NL}K.release(), K.next();", None,
     ),
     "O seen by nobody": (CU, "async_fence();", "", None),
-    "Q of the next rows too early": (
-        CU, "ring.acquire();\n            ring.announce(Q_BYTES);", "ring.announce(Q_BYTES);", None,
-    ),
+    "a tile asked for before its stage is free": (PRODUCERS, "ring.acquire();", "", None),
+    "Q of the next rows too early": (PRODUCERS, "ring.acquire();", "if (Size > 1) ring.acquire();", None),
     "Q's phase forgotten": (CU, "j == w.first) Q.release(), Q.next();", "j == w.first) Q.release();", None),
     "a turn that is never passed": (CU, f"weigh();{NL}turn.pass();", "weigh();", "named barrier"),
     "a stage that is never released": (CU, f"{V_FREE}{NL}take_P", f"V.next();{NL}take_P", "nobody can go on"),
@@ -70,7 +70,7 @@ DEFECTS = {
         RING, "if (threadIdx.x % 32 == 0) barrier_arrive", "barrier_arrive", "nobody can go on",
     ),
     "a parity that never turns": (RING, "stage = 0, parity ^= 1", "stage = 0", None),
-    "fewer bytes than arrive": (CU, "ring.announce(KV_BYTES)", "ring.announce(KV_BYTES - 128)", "nobody can go on"),
+    "fewer bytes than arrive": (PRODUCERS, "announce(Bytes)", "announce(Bytes - 128)", "nobody can go on"),
     "8-row groups elsewhere": (PRODUCTS, "descriptor(panel, 16, 8 * width", "descriptor(panel, 16, 4 * width", None),
     "V's keys elsewhere": (PRODUCTS, "NEXT_ROWS = 2048 >> 4", "NEXT_ROWS = 1024 >> 4", None),
     "O not swizzled": (CU, "(chunk % 8 ^ r % 8) * 16", "chunk % 8 * 16", None),
@@ -85,8 +85,19 @@ DEFECTS = {
     "a product never waited for": (
         CU, "        products_wait<0>(rS);\n        if (threadIdx", "        if (threadIdx", "never waited for",
     ),
-    "O finished while it is computed": (CU, "products_wait<0>(rO);\n            V.release", "V.release", None),
+    "O finished while it is computed": (CU, "products_wait<0>(rO);\n            release_V", "release_V", None),
+    "loader: a stage that others still read": (PRODUCERS, "ring.acquire();", "", None),
+    "loader: a stage of before": (RING, "ring.parity ^= 1;", "", None),
+    "loader: another block of K": (CU, "load.K(K.again(), w, j - STAGES)", "load.K(K.again(), w, j - 1)", None),
+    "loader: a block of V too few": (PRODUCERS, "V(V_ring, w, w.end - n), V_ring", "V_ring", "nobody can go on"),
+    "loader: blocks past the last": (PRODUCERS, "&& j >= w.first) ask_KV(ring, s.sK", ") ask_KV(ring, s.sK", None),
+    "loader: V of the next rows before O has left": (PRODUCERS, "if (!O_APART && asks()) copies_out_read();", "", None),
+    "loader: O never leaves": (CU, "load.send_O(done), ", "", None),
+    "loader: K of no row block": (PRODUCERS, "if (w.end < 0) return;", "", None),
+    "loader: every lane asks": (PRODUCERS, "|| threadIdx.x % 32 == 0", "|| true", None),
+    "loader: every warp asks": (PRODUCERS, "!WARP_SPECIALIZED && uniform", "!WARP_SPECIALIZED || uniform", None),
 }  # fmt: skip
+LOADER = dict(warp_specialized=False, ping_pong=False)  # in turn, it would seldom be too early
 APART = ("O overwritten while it leaves", "O never waited for", "Q given back while it is read")  # O has its own tile
 
 
@@ -95,11 +106,11 @@ def sources(tmp_path):
     return shutil.copytree(fwd_v3.FILE.parent, tmp_path / "hopper") / fwd_v3.FILE.name
 
 
-def verdict(file, order: dict, monkeypatch, problem=PROBLEM, apart=False) -> gate.Verdict:
+def verdict(file, order: dict, monkeypatch, problem=PROBLEM, apart=False, **turned) -> gate.Verdict:
     """The gate's on the kernel of that file, run in that order, on scores whose maximum grows from block to block."""
     launch = emulator.launch
     monkeypatch.setattr(fwd_v3, "FILE", file)
-    switches = fwd_v3.Switches(2, apart)  # few stages: whoever is early is too early
+    switches = fwd_v3.Switches(2, apart, **turned)  # few stages: whoever is early is too early
     monkeypatch.setattr(fwd_v3, "chosen", lambda *_: switches)
     monkeypatch.setattr(emulator, "launch", lambda *a, **more: launch(*a, **more | order))
     variant = fwd_v3.Variant(**{**vars(fwd_v3.VARIANT), "name": f"{file} {switches}"})  # built anew
@@ -114,8 +125,9 @@ def verdict(file, order: dict, monkeypatch, problem=PROBLEM, apart=False) -> gat
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_the_unedited_sources_are_right_in_every_order(sources, monkeypatch, order):
     for apart, problem in ((False, PROBLEM), (True, PROBLEM), (True, Problem(1, 1, 1, 140, 150, 64, "fp16"))):
-        found = verdict(sources, order, monkeypatch, problem, apart)
-        assert found.passed, found.why
+        for turned in ({}, LOADER, LOADER | {"ping_pong": True, "q_in_registers": 4}):
+            found = verdict(sources, order, monkeypatch, problem, apart, **turned)
+            assert found.passed, (turned, found.why)
 
 
 @pytest.mark.parametrize("what", DEFECTS)
@@ -125,10 +137,12 @@ def test_a_defect_is_found(sources, monkeypatch, what):
     assert text.count(line) == 1, f"{what}: the line stands there {text.count(line)} times"
     (sources.parent / name).write_text(text.replace(line, instead))
     problem = Problem(1, 1, 1, 140, 150, 64, "fp16") if what == "keys past the end" else PROBLEM
+    turned = LOADER if what.startswith("loader") else {}
+    problem = replace(problem, N_q=700) if turned else problem  # more row blocks, more occasions
     found = []
     for order in ORDERS:
         try:
-            found.append(verdict(sources, order, monkeypatch, problem, apart=what in APART).why)
+            found.append(verdict(sources, order, monkeypatch, problem, what in APART, **turned).why)
         except emulator.EmulatorError as error:
             found.append(str(error))
         if found[-1] and (told is None or told in found[-1]):

@@ -15,7 +15,9 @@ from ..variant import Infeasible, Tile, Unsupported, Variant
 
 FILE = Path(__file__).parent / "hopper" / "fwd_v3.cu"
 WARPGROUP_ROWS, MOST_KEYS, PANEL = 64, 256, 64
-ACCUMULATORS = {2: 212, 3: 128, 4: 80}  # registers a thread has for its tiles, by warpgroups
+ACCUMULATORS = {  # registers a thread has for its tiles: warp-specialised or not, by warpgroups
+    True: {2: 212, 3: 128, 4: 80}, False: {2: 208, 3: 124, 4: 80},
+}  # fmt: skip
 TILES = (
     *(Tile(Br, Bc) for Br in (128, 192) for Bc in (64, 80, 96, 112, 128, 144, 160, 176, 192)), Tile(256, 64),
 )  # fmt: skip
@@ -52,6 +54,7 @@ class Switches:
     dynamic     a block that is free takes the next row block; else each gridDim.x-th is its own
     lazy        O is rescaled only where a row's maximum has grown a lot
     persistent  one block a multiprocessor walks through row blocks; else one block a row block
+    warp_specialized  copies have warps of their own; else a warp of those that multiply asks for them, too
     """
 
     stages: int = 2
@@ -63,10 +66,12 @@ class Switches:
     dynamic: bool = True
     lazy: bool = True
     persistent: bool = True
+    warp_specialized: bool = True
 
 
-def chosen(problem, tile, device) -> Switches:
+def chosen(problem, tile, device, **turned) -> Switches:
     """The switches that are used: a tile for O and up to four stages, as they fit; else what sweeps on an H100 said.
+    Those that are `turned` are as they are there.
 
     Turns cost more than they bring where the softmax is cheap beside products (d > 64), and where a mask gives the
     warpgroups unequal work.
@@ -78,11 +83,12 @@ def chosen(problem, tile, device) -> Switches:
         found = Switches(ping_pong=not banded)
     else:
         found = Switches(ping_pong=False, q_in_registers=d // 16 if banded and d <= 128 and tile.Br == 128 else 0)
-    room = ACCUMULATORS[tile.Br // WARPGROUP_ROWS] - accumulators(d, tile, replace(found, q_in_registers=0))
+    there = ACCUMULATORS[turned.get("warp_specialized", True)][tile.Br // WARPGROUP_ROWS]
+    room = there - accumulators(d, tile, replace(found, q_in_registers=0))
     found = replace(found, q_in_registers=max(0, min(found.q_in_registers, room // 4)))
     choices = [replace(found, stages=n, o_apart=apart) for apart in (True, False) for n in (4, 3, 2)]
     fits = (s for s in choices if shared_bytes(d, tile, s) <= device.shared)
-    return next(fits, choices[-1])
+    return replace(next(fits, choices[-1]), **turned)
 
 
 def fit(problem, tile, device, **turned):
@@ -97,12 +103,12 @@ def fit(problem, tile, device, **turned):
         raise Unsupported(f"fwd_v3 needs a Hopper GPU (sm_90), this is sm_{major}{minor}: fwd_v2 runs here")
     if tile.Br not in (128, 192, 256) or tile.Bc % 16 or tile.Bc > MOST_KEYS:
         raise Infeasible(tile, f"fwd_v3 takes 128, 192 or 256 rows and a multiple of 16 keys up to {MOST_KEYS}")
-    switches, d = replace(chosen(problem, tile, device), **turned), padded(problem.d)
+    switches, d = chosen(problem, tile, device, **turned), padded(problem.d)
     if (need := shared_bytes(problem.d, tile, switches)) > device.shared:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
-    warpgroups = tile.Br // WARPGROUP_ROWS
-    if (need := accumulators(d, tile, switches)) > ACCUMULATORS[warpgroups]:
-        raise Infeasible(tile, f"needs {need} registers a thread for its tiles, there are {ACCUMULATORS[warpgroups]}")
+    there = ACCUMULATORS[switches.warp_specialized][tile.Br // WARPGROUP_ROWS]
+    if (need := accumulators(d, tile, switches)) > there:
+        raise Infeasible(tile, f"needs {need} registers a thread for its tiles, there are {there}")
     if not switches.o_apart and switches.stages * tile.Bc < tile.Br:
         raise Infeasible(tile, f"O leaves through V's tiles, which hold {switches.stages * tile.Bc} rows")
 
@@ -132,14 +138,14 @@ def made(problem, tile, switches: Switches, marks: int = 0):
     }  # fmt: skip
     if marks:
         defines["TRACE"] = marks
-    threads = 128 * (defines["WARPGROUPS"] + 1)
+    threads = 128 * (defines["WARPGROUPS"] + switches.warp_specialized)
     bytes = shared_bytes(problem.d, tile, switches)
     return [HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}) for scored in (0, 1)]
 
 
 def build(problem, tile, device, marks=None, **turned):
     """marks: None, or an int32 tensor [blocks, warpgroups, marks, 2] of zeros, which a traced build fills."""
-    switches = replace(chosen(problem, tile, device), **turned)
+    switches = chosen(problem, tile, device, **turned)
     plain, scored = made(problem, tile, switches, 0 if marks is None else marks.shape[2])
 
     def launch(problem, Q, K, V, mask, O, LSE):

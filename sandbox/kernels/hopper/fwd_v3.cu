@@ -2,98 +2,29 @@
 // [FA3, 2407.08608, Algorithms 1 and 2]
 //
 // One thread block a multiprocessor walks through row blocks (persistent).  Of the producer warps one hands out row
-// blocks, the others ask the copy engine for tiles of Q, K and V, STAGES ahead; each consumer warpgroup owns 64 rows.
-// Its ideas, each a switch:
+// blocks, the others ask the copy engine for tiles of Q, K and V, STAGES ahead (producers.cuh); each consumer warpgroup
+// owns 64 rows.  Its ideas, each a switch:
 //
-//     PING_PONG  while one warpgroup multiplies, another takes its softmax  (§3.1)
-//     OVERLAP    Q Kᵀ of the next block runs under the softmax of this one  (§3.2)
-//     DYNAMIC    a block that is free takes the next row block, and not each gridDim.x-th
-//     LAZY       O is rescaled only where the maximum has grown a lot
+//     WARP_SPECIALIZED  producer warps; else a warp of those that multiply asks for tiles, too  (§3.1)
+//     PING_PONG         while one warpgroup multiplies, another takes its softmax  (§3.1)
+//     OVERLAP           Q Kᵀ of the next block runs under the softmax of this one  (§3.2)
+//     DYNAMIC           a block that is free takes the next row block, and not each gridDim.x-th
+//     LAZY              O is rescaled only where the maximum has grown a lot
 //
 // Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES (of K and of V), BF16, BANDED (causal, window), SCORED (scaled
 // before the softmax), O_APART (O has a tile of its own; else it leaves through V's, and the next V waits),
 // Q_IN_REGISTERS (so many times 16 columns), UNROLL (steps in a row), the switches; TRACE (trace.cuh).
-#include "pipeline.cuh"
-#include "scheduler.cuh"
+#include "producers.cuh"
 #include "softmax.cuh"
 #include "trace.cuh"
 #include "wgmma.cuh"
 
-constexpr int d = HEAD_DIM, Bc = TILE_BC, Br = 64 * WARPGROUPS;
-constexpr int PANELS = (d + 63) / 64;  // of a tile: 64 columns, 128 bytes wide
-constexpr int Q_BYTES = 64 * PANELS * 128, KV_PANEL = Bc * 128, KV_BYTES = PANELS * KV_PANEL;
 constexpr int HELD = Q_IN_REGISTERS;  // 16 columns of Q each, read once a row block; every product reads the others
-constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps, each of which releases a stage
-constexpr int THREADS = 128 * (WARPGROUPS + 1), LAUNCHED = 65536 / THREADS / 8 * 8;  // registers a thread starts with
+constexpr int THREADS = 128 * (WARPGROUPS + WARP_SPECIALIZED);
+constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;  // registers a thread starts with
 constexpr int TAKEN = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : d <= 64 ? 232 : 240;  // registers a consumer has,
 constexpr int GIVEN = WARPGROUPS >= 3 ? 32 : d <= 64 ? 40 : 24;                             // and a producer keeps
-static_assert(GIVEN + WARPGROUPS * TAKEN <= (WARPGROUPS + 1) * LAUNCHED, "more would wait for ever");
-static_assert(O_APART || STAGES * Bc >= Br, "O has no room among the tiles of V");
-
-struct Shared {
-    alignas(1024) unsigned char sQ[WARPGROUPS][Q_BYTES];  // [64, d] each
-    alignas(1024) unsigned char sO[O_APART ? WARPGROUPS : 1][O_APART ? Q_BYTES : 1024];
-    alignas(1024) unsigned char sK[STAGES][KV_BYTES];  // [Bc, d]
-    alignas(1024) unsigned char sV[STAGES][KV_BYTES];  // [Bc, d]
-    u64 Q[WARPGROUPS][2], K[2 * STAGES], V[2 * STAGES], told[2], O_here[1];  // barriers
-    Work slot;
-};
-
-// ---- the producers --------------------------------------------------------------------------------------------------
-
-// Four warps with a job each: none waits for what another waits for.
-DEVICE void bring_Q(Shared &s, const TensorMap &map) {
-    Ring<1> ring(s.Q[0]);
-    Next next{&s.slot, s.told};
-    for (Work w; next.hear(w, 1); ring.next()) {
-        next.heard();
-#pragma unroll 1
-        for (int g = 0; g < WARPGROUPS; ++g) {
-            ring.barriers = shared_address(s.Q[g]);
-            ring.acquire();
-            ring.announce(Q_BYTES);
-            const u32 tile = shared_address(s.sQ[g]);
-#pragma unroll 1
-            for (int p = 0; p < PANELS; ++p)
-                copy_in(tile + p * (64 * 128), map, ring.full(), 64 * p, w.i0 + 64 * g, w.head, w.batch, EVICT_FIRST);
-        }
-    }
-}
-
-// K or V, from the last block to the first.
-//
-// The next row block is drawn when K of this one has been asked for: late enough to go to whoever is free, early enough.
-// Where O has no tile of its own, it leaves through those of V before the next V comes.
-template <bool IS_V>
-DEVICE void bring(Shared &s, unsigned char (&tiles)[STAGES][KV_BYTES], u64 *barriers, const TensorMap &map,
-                  const TensorMap &O) {
-    Ring<STAGES> ring(barriers);
-    Next next{&s.slot, s.told};
-    Ring<1> O_here(s.O_here);
-    for (Work w; next.hear(w, 1);) {
-        if (IS_V) next.heard();
-#pragma unroll 1
-        for (int j = w.end - 1; j >= w.first; --j) {
-            ring.acquire();
-            ring.announce(KV_BYTES);
-            const u32 tile = shared_address(tiles[ring.stage]);
-#pragma unroll 1
-            for (int p = 0; p < PANELS; ++p)
-                copy_in(tile + p * KV_PANEL, map, ring.full(), 64 * p, j * Bc, w.kv_head, w.batch, EVICT_LAST);
-            ring.next();
-        }
-        if (!IS_V) next.heard();
-        if (IS_V && !O_APART) {
-            O_here.wait(), O_here.next();
-#pragma unroll 1
-            for (int t = 0; t < WARPGROUPS * PANELS; ++t)
-                copy_out(O, shared_address(s.sV) + t * (64 * 128), t % PANELS * 64, w.i0 + t / PANELS * 64, w.head,
-                         w.batch);
-            copies_out_commit();
-            copies_out_read();
-        }
-    }
-}
+static_assert(!WARP_SPECIALIZED || GIVEN + WARPGROUPS * TAKEN <= THREADS / 128 * LAUNCHED, "more would wait for ever");
 
 // ---- a consumer warpgroup: 64 rows ------------------------------------------------------------------------------------
 
@@ -118,27 +49,32 @@ struct Consumer {
     u32 rP[Bc / 4];               // P̃ in 16 bits, two to a register
     u32 rQ[HELD ? 4 * HELD : 1];  // Q in 16 bits  [64, 16 HELD]
     float rO[d / 2];              // O  [64, d]
+    Loader &load;                 // idle where there are producers
 
-    DEVICE Consumer(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, u32 *marks, int warpgroup)
+    DEVICE Consumer(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, u32 *marks, int warpgroup,
+                    Loader &load)
         : s(s), O(O), LSE(LSE), shape(shape), warpgroup(warpgroup), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32),
-          trace(marks, blockIdx.x * WARPGROUPS + warpgroup), unit((SCORED ? 1.f : shape.scale) * 1.4426950408889634f) {}
+          trace(marks, blockIdx.x * WARPGROUPS + warpgroup), unit((SCORED ? 1.f : shape.scale) * 1.4426950408889634f),
+          load(load) {}
 
     DEVICE void run() {
         Next next{&s.slot, s.told};
+        load.first_K(Q, K);
         bool more = hear(next);
         begin(more);
         while (more) {
+            load.first_V(V, w);
             softmax = Softmax<LAZY>();
 #pragma unroll
             for (int e = 0; e < d / 2; ++e) rO[e] = 0.f;
             attend();
             trace.enter(FOR_O), products_wait<0>(rO);
-            V.release(), V.next();
+            release_V(w.first);
             finish();
             const Work done = w;
             more = hear(next);
             begin(more);
-            tell(done);  // under the next rows' first product
+            load.send_O(done), tell(done);  // under the next rows' first product
         }
         trace.leave();
         products_wait<0>(rS);
@@ -151,7 +87,7 @@ struct Consumer {
         next.heard();
         i0 = w.i0 + 64 * warpgroup;
         row = i0 + 16 * warp + lane / 4;
-        if (BANDED) {
+        if (BANDED && WARP_SPECIALIZED) {  // the loader waits for all, who would wait for its turns
             const int seen = min(i0 + 64, shape.N_q) + shape.hi;  // keys before this one
             const int end = max((seen + Bc - 1) / Bc, w.first + 1);
             skipped = max(0, min(w.end - end, STAGES - 1)), w.end -= skipped;
@@ -219,15 +155,19 @@ struct Consumer {
         trace.enter(FOR_O);
         if (softmax.changed()) products_wait<0>(rO), scale_rows(rO, softmax.alpha);
         products_wait<0>(rO);  // not before the softmax: ptxas would move it there, but for the branch
-        V.release(), V.next();
+        release_V(j + 1);
         take_P();
     }
 
     // S_j is there, so that the next K may come; if it was the last one, the next Q, too.
     DEVICE void release_K(int j) {
-        K.release(), K.next();
+        K.release(), load.K(K.again(), w, j - STAGES), K.next();
         if (HELD < d / 16 && j == w.first) Q.release(), Q.next();
+        if (j == w.first) load.first_K(Q, K);
     }
+
+    // P̃ V_j is there.
+    DEVICE void release_V(int j) { V.release(), load.V(V.again(), w, j - STAGES), V.next(); }
 
     // Registers take what they have room for; if all, the next Q may come.
     DEVICE void take_Q() {
@@ -361,26 +301,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Shared &s = *reinterpret_cast<Shared *>(shared_memory() + (0u - shared_address(shared_memory())) % 1024);
     if (threadIdx.x == 0) {
         prefetch(Q), prefetch(K), prefetch(V), prefetch(O);
-        for (int g = 0; g < WARPGROUPS; ++g) Ring<1>::init(s.Q[g], 4);
-        Ring<STAGES>::init(s.K, CONSUMERS);
-        Ring<STAGES>::init(s.V, CONSUMERS);
-        Ring<1>::init(s.told, CONSUMERS + 3);
-        barrier_init(shared_address(s.O_here), WARPGROUPS);
-        barrier_init_fence();
+        s.init();
     }
     __syncthreads();
 
     const int warpgroup = uniform(~0u, threadIdx.x / 128);
-    if (warpgroup == WARPGROUPS) {
+    if (WARP_SPECIALIZED && warpgroup == WARPGROUPS) {
         give_registers<GIVEN>();
         const int warp = threadIdx.x / 32 % 4;
         if (threadIdx.x % 32 != 0);
-        else if (warp == 0) hand_out<DYNAMIC>(Order<Br, Bc, BANDED>{shape}, {&s.slot, s.told}, counter);
+        else if (warp == 0) hand_out(s, shape, counter);
         else if (warp == 1) bring_Q(s, Q);
         else if (warp == 2) bring<false>(s, s.sK, s.K, K, O);
         else bring<true>(s, s.sV, s.V, V, O);
     } else {
-        take_registers<TAKEN>();
-        Consumer(s, O, LSE, shape, marks, warpgroup).run();
+        if (WARP_SPECIALIZED) take_registers<TAKEN>();
+        Loader load{s, Q, K, V, O, shape, counter};
+        Consumer(s, O, LSE, shape, marks, warpgroup, load).run();
     }
 }

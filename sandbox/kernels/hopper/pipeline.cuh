@@ -45,6 +45,13 @@ struct Ring {
         next();
     }
 
+    // The same stage at its next use: with it a consumer that is the producer, too, asks for tiles.
+    DEVICE Ring again() const {
+        Ring ring = *this;
+        ring.parity ^= 1;
+        return ring;
+    }
+
     DEVICE void next() {
         if (++stage == Size) stage = 0, parity ^= 1;
     }

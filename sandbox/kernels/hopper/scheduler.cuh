@@ -17,6 +17,12 @@ struct Work {
     int i0, head, kv_head, batch, first, end;
 };
 
+// What the first of these lanes reads, each of its numbers in a uniform register.
+DEVICE Work first_lane(u32 lanes, const Work &w) {
+    return {first_lane(lanes, w.i0), first_lane(lanes, w.head), first_lane(lanes, w.kv_head),
+            first_lane(lanes, w.batch), first_lane(lanes, w.first), first_lane(lanes, w.end)};
+}
+
 // Row blocks in the order they are to be begun.  Under a band, the rows that see most come first (longest processing time
 // first), in sections of heads so that K and V are read from L2.
 template <int Br, int Bc, bool Banded>
@@ -48,10 +54,7 @@ struct Order {
     }
 };
 
-// A warp of its own hands out the row blocks to all the others of its thread block, when all have heard the one before.
-//
-//     Dynamic  whoever is free takes the next ticket of a counter, which the last one puts back to 0
-//     else     every thread block takes each gridDim.x-th
+// The row block that a thread block is to compute next, told to all its warps.
 struct Next {
     Work *slot;
     Ring<1> told;
@@ -60,8 +63,7 @@ struct Next {
     // from it is computed once a warp.
     DEVICE bool hear(Work &work, u32 lanes = ~0u) {
         told.wait();
-        work = {first_lane(lanes, slot->i0), first_lane(lanes, slot->head), first_lane(lanes, slot->kv_head),
-                first_lane(lanes, slot->batch), first_lane(lanes, slot->first), first_lane(lanes, slot->end)};
+        work = first_lane(lanes, *slot);
         return work.end >= 0;
     }
 
@@ -69,13 +71,23 @@ struct Next {
     DEVICE void heard() { told.release(), told.next(); }
 };
 
+// Hands out row blocks, one by one, each when all have heard the one before.
+//
+//     Dynamic  whoever is free takes the next ticket of a counter, which the last one puts back to 0
+//     else     every thread block takes each gridDim.x-th
 template <bool Dynamic, class Order>
-DEVICE void hand_out(const Order &order, Next next, int *counter) {
-    for (int index = blockIdx.x;;) {
+struct Deal {
+    const Order order;
+    Next next;
+    int *counter;
+    int index = blockIdx.x;
+
+    // Whether it was one, and not the word that there is no more.
+    DEVICE bool one() {
         next.told.acquire();
         *next.slot = order.at(index);
         next.told.publish(), next.told.next();
-        if (index >= order.count()) return;
+        if (index >= order.count()) return false;
         if (Dynamic) {
             const int ticket = atomicAdd(counter, 1);  // one is taken for each row block: a thread block's first is free
             if (ticket == order.count() - 1) *counter = 0;
@@ -83,5 +95,6 @@ DEVICE void hand_out(const Order &order, Next next, int *counter) {
         } else {
             index += gridDim.x;
         }
+        return true;
     }
-}
+};
