@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from sandbox.device.hopper import HEADERS, Counter, HopperLaunch, Output, Panels
 from sandbox.kernels.fwd_v3 import Shape
 from sandbox.mask import Mask
 from sandbox.problem import DTYPES, Problem
-from sandbox.quantize import dequantize, quantize, signs
+from sandbox.quantize import dequantize, quantize
 
 pytestmark = [
     pytest.mark.skipif(target.KIND != "simulator", reason="a GPU runs the kernels itself"),

@@ -125,7 +125,7 @@ def made(problem, tile, switches: Switches, marks: int = 0):
     defines = {
         "HEAD_DIM": problem.d, "WARPGROUPS": tile.Br // WARPGROUP_ROWS, "TILE_BC": tile.Bc,
         "BF16": int(problem.dtype == "bf16"), "BANDED": int(problem.mask.banded),
-        "BLOCKED": int(switches.scales == "block"), **on,
+        "BLOCKED": int(switches.scales == "block"), "WARP_SPECIALIZED": 1, **on,
     }  # fmt: skip
     if marks:
         defines["TRACE"] = marks

@@ -14,37 +14,21 @@
 // Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES (of K and of V), BF16, BANDED (causal, window), SCORED (scaled
 // before the softmax), O_APART (O has a tile of its own; else it leaves through V's, and the next V waits),
 // Q_IN_REGISTERS (so many times 16 columns), UNROLL (steps in a row), the switches; TRACE (trace.cuh).
-#include "producers.cuh"
-#include "softmax.cuh"
+#include "rows.cuh"
 #include "trace.cuh"
 #include "wgmma.cuh"
 
 constexpr int HELD = Q_IN_REGISTERS;  // 16 columns of Q each, read once a row block; every product reads the others
-constexpr int THREADS = 128 * (WARPGROUPS + WARP_SPECIALIZED);
-constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;  // registers a thread starts with
-constexpr int TAKEN = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : d <= 64 ? 232 : 240;  // registers a consumer has,
-constexpr int GIVEN = WARPGROUPS >= 3 ? 32 : d <= 64 ? 40 : 24;                             // and a producer keeps
-static_assert(!WARP_SPECIALIZED || GIVEN + WARPGROUPS * TAKEN <= THREADS / 128 * LAUNCHED, "more would wait for ever");
 
 // ---- a consumer warpgroup: 64 rows ------------------------------------------------------------------------------------
 
-struct Consumer {
-    static constexpr int FIRST_NAME = Turns<WARPGROUPS, PING_PONG>::FIRST_NAME + WARPGROUPS;  // of its own named barriers
-    Shared &s;
-    const TensorMap &O;
-    float *LSE;
-    const Shape &shape;
-    const int warpgroup, warp, lane;
+struct Consumer : Rows {
     Ring<1> Q{s.Q[warpgroup]};
     Ring<STAGES> K{s.K}, V{s.V};
     Turns<WARPGROUPS, PING_PONG> turn{warpgroup};
     Trace trace;
-    Work w;
-    int skipped = 0;  // key blocks of this row block that its other warpgroups alone see
-    int i0;           // the warpgroup's first row
-    int row;          // this thread's first row; its second is 8 further
-    float unit;       // of S, in powers of 2
-    Softmax<LAZY> softmax;
+    float unit;  // of S, in powers of 2
+    Softmax<In16Bits<LAZY>> softmax;
     float rS[Bc / 2];             // S, then P̃  [64, Bc]
     u32 rP[Bc / 4];               // P̃ in 16 bits, two to a register
     u32 rQ[HELD ? 4 * HELD : 1];  // Q in 16 bits  [64, 16 HELD]
@@ -53,18 +37,18 @@ struct Consumer {
 
     DEVICE Consumer(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, u32 *marks, int warpgroup,
                     Loader &load)
-        : s(s), O(O), LSE(LSE), shape(shape), warpgroup(warpgroup), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32),
-          trace(marks, blockIdx.x * WARPGROUPS + warpgroup), unit((SCORED ? 1.f : shape.scale) * 1.4426950408889634f),
-          load(load) {}
+        : Rows(s, O, LSE, shape, warpgroup), trace(marks, blockIdx.x * WARPGROUPS + warpgroup),
+          unit((SCORED ? 1.f : shape.scale) * 1.4426950408889634f), load(load) {}
 
     DEVICE void run() {
         Next next{&s.slot, s.told};
         load.first_K(Q, K);
+        trace.enter(FOR_WORK);
         bool more = hear(next);
         begin(more);
         while (more) {
             load.first_V(V, w);
-            softmax = Softmax<LAZY>();
+            softmax = {};
 #pragma unroll
             for (int e = 0; e < d / 2; ++e) rO[e] = 0.f;
             attend();
@@ -72,27 +56,13 @@ struct Consumer {
             release_V(w.first);
             finish();
             const Work done = w;
-            more = hear(next);
+            trace.enter(FOR_WORK), more = hear(next);
             begin(more);
-            load.send_O(done), tell(done);  // under the next rows' first product
+            load.send_O(done), tell(softmax, done);  // under the next rows' first product
         }
         trace.leave();
         products_wait<0>(rS);
         if (threadIdx.x % 128 == 0) copies_out_read();
-    }
-
-    DEVICE bool hear(Next &next) {
-        trace.enter(FOR_WORK);
-        const bool more = next.hear(w);
-        next.heard();
-        i0 = w.i0 + 64 * warpgroup;
-        row = i0 + 16 * warp + lane / 4;
-        if (BANDED && WARP_SPECIALIZED) {  // the loader waits for all, who would wait for its turns
-            const int seen = min(i0 + 64, shape.N_q) + shape.hi;  // keys before this one
-            const int end = max((seen + Bc - 1) / Bc, w.first + 1);
-            skipped = max(0, min(w.end - end, STAGES - 1)), w.end -= skipped;
-        }
-        return more;
     }
 
     // The last blocks, which only rows of other warpgroups see, and the turns at them.  No more than come whatever this
@@ -132,8 +102,9 @@ struct Consumer {
         trace.enter(FOR_S), products_wait<0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
-        mask(j);
-        softmax.update(rS, unit);
+        if (SCORED) score(rS, shape.scale);
+        mask(rS, j);
+        softmax.follow(rS, unit), softmax.weights(rS, unit);
         take_P();
     }
 
@@ -149,8 +120,9 @@ struct Consumer {
         trace.enter(FOR_S), products_wait<OVERLAP ? 1 : 0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
-        if (MASKED) mask(j); else score();
-        softmax.update(rS, unit);
+        if (SCORED) score(rS, shape.scale);
+        if (MASKED) mask(rS, j);
+        softmax.follow(rS, unit), softmax.weights(rS, unit);
         settled(rS);
         trace.enter(FOR_O);
         if (softmax.changed()) products_wait<0>(rO), scale_rows(rO, softmax.alpha);
@@ -180,12 +152,6 @@ struct Consumer {
         }
     }
 
-    // Where this lane's row of the c-th 16 columns of a tile [64, d] lies: its first 8 columns, or the others.
-    DEVICE u32 columns_at(u32 tile, int c) const {
-        const int r = 16 * warp + lane % 16, chunk = 2 * c + lane / 16;
-        return tile + chunk / 8 * (64 * 128) + r * 128 + (chunk % 8 ^ r % 8) * 16;
-    }
-
     // S = Q Kᵀ  [64, Bc]
     DEVICE void scores() {
         trace.enter(QK);
@@ -195,7 +161,7 @@ struct Consumer {
 #pragma unroll
         for (int c = 0; c < d / 16; ++c) {
             const int panel = c / 4, inside = c % 4 * NEXT_COLUMNS;
-            const int in_Q = panel * (64 * 128 >> 4) + inside, in_K = panel * (KV_PANEL >> 4) + inside;
+            const int in_Q = panel * (Q_PANEL >> 4) + inside, in_K = panel * (KV_PANEL >> 4) + inside;
             if (c < HELD) Product<Bc, BF16>::columns(rS, rQ + 4 * c, k + in_K, c > 0);
             else Product<Bc, BF16>::tiles(rS, q, in_Q, k, in_K, c > 0);
         }
@@ -218,36 +184,6 @@ struct Consumer {
         for (int e = 0; e < Bc / 4; ++e) rP[e] = pack<BF16>(rS[2 * e], rS[2 * e + 1]);
     }
 
-    // Whether every row of the warpgroup sees every key of block j.
-    DEVICE bool whole(int j) const {
-        const int last = min(i0 + 64, shape.N_q) - 1;
-        return (j + 1) * Bc <= shape.N_k &&
-               (!BANDED || (last + shape.lo <= j * Bc && (j + 1) * Bc - 1 <= i0 + shape.hi));
-    }
-
-    DEVICE void score() {
-        if (SCORED)
-#pragma unroll
-            for (int e = 0; e < Bc / 2; ++e) {
-                rS[e] *= shape.scale;
-                if (shape.softcap > 0) rS[e] = shape.softcap * tanh_fast(rS[e] / shape.softcap);
-            }
-    }
-
-    DEVICE void mask(int j) {
-        score();
-        const int key = j * Bc + column_of(0, lane), last = shape.N_k - 1 - key;  // columns are counted from key
-#pragma unroll
-        for (int e = 0; e < Bc / 2; ++e) {
-            const int i = row + 8 * row_of(e) - key;
-            if (column_of(e, 0) > (BANDED ? min(last, i + shape.hi) : last)) rS[e] = NEG_INF;
-        }
-        if (BANDED && shape.lo > -shape.N_q)  // a window: keys before it
-#pragma unroll
-            for (int e = 0; e < Bc / 2; ++e)
-                if (column_of(e, 0) < row + 8 * row_of(e) - key + shape.lo) rS[e] = NEG_INF;
-    }
-
     // O = diag(l)⁻¹ O, to its tile and out
     DEVICE void finish() {
         trace.enter(FINISH);
@@ -258,39 +194,7 @@ struct Consumer {
 #pragma unroll
             for (int e = 0; e < d / 2; ++e)
                 if (softmax.l[row_of(e)] == 0.f) rO[e] = 0.f;
-
-        const u32 name = FIRST_NAME + warpgroup;
-        const u32 sO = shared_address(O_APART ? s.sO[warpgroup] : &s.sV[0][0] + warpgroup * Q_BYTES);
-        if (!O_APART) named_sync(FIRST_NAME + WARPGROUPS, 128 * WARPGROUPS);  // nobody reads V any more
-        if (O_APART && threadIdx.x % 128 == 0) copies_out_read();
-        if (O_APART) named_sync(name, 128);  // the O of before has left
-#pragma unroll
-        for (int c = 0; c < d / 16; ++c) {
-            const float *x = rO + 8 * c;
-            store_matrices(columns_at(sO, c), pack<BF16>(x[0], x[1]), pack<BF16>(x[2], x[3]), pack<BF16>(x[4], x[5]),
-                           pack<BF16>(x[6], x[7]));
-        }
-        async_fence();
-        named_sync(name, 128);
-        if (threadIdx.x % 128 == 0) {
-            if (!O_APART) {
-                barrier_arrive(shared_address(s.O_here));
-            } else {
-                for (int p = 0; p < PANELS; ++p)
-                    copy_out(O, sO + p * 64 * 128, 64 * p, w.i0 + 64 * warpgroup, w.head, w.batch);
-                copies_out_commit();
-            }
-        }
-    }
-
-    // LSE = m + log l
-    DEVICE void tell(const Work &w) {
-        float *to = LSE + (static_cast<long long>(w.batch) * shape.H + w.head) * shape.N_q;
-#pragma unroll
-        for (int a = 0; a < 2; ++a) {
-            const int i = w.i0 + 64 * warpgroup + 16 * warp + lane / 4 + 8 * a;
-            if (lane % 4 == 0 && i < shape.N_q) store(to + i, softmax.lse(a));
-        }
+        send(rO);
     }
 };
 
@@ -308,12 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warpgroup = uniform(~0u, threadIdx.x / 128);
     if (WARP_SPECIALIZED && warpgroup == WARPGROUPS) {
         give_registers<GIVEN>();
-        const int warp = threadIdx.x / 32 % 4;
-        if (threadIdx.x % 32 != 0);
-        else if (warp == 0) hand_out(s, shape, counter);
-        else if (warp == 1) bring_Q(s, Q);
-        else if (warp == 2) bring<false>(s, s.sK, s.K, K, O);
-        else bring<true>(s, s.sV, s.V, V, O);
+        produce(s, Q, K, V, O, shape, counter, Nothing());
     } else {
         if (WARP_SPECIALIZED) take_registers<TAKEN>();
         Loader load{s, Q, K, V, O, shape, counter};

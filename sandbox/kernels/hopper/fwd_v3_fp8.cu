@@ -1,181 +1,53 @@
-// FlashAttention-3, forward, in e4m3: as fwd_v3.cu, with both products on 8-bit numbers.
-// [FA3, 2407.08608, §3.3; scales of blocks as definitions.md has them]
+// FlashAttention-3, forward, for Hopper, in 8 bits: both products take e4m3, with a scale for each block.
+// [FA3, 2407.08608, Algorithms 1 and 2, §3.3]
 //
-// One thread block a multiprocessor walks through row blocks (persistent).  Of the producer warps one hands out row
-// blocks, the others ask the copy engine for tiles of Q, K and V, STAGES ahead; each consumer warpgroup owns 64 rows.
-// Its ideas, each a switch:
+// It is fwd_v3.cu, but for four things:
 //
-//     PING_PONG  while one warpgroup multiplies, another takes its softmax  (§3.1)
-//     OVERLAP    Q Kᵀ of the next block runs under the softmax of this one  (§3.2)
-//     DYNAMIC    a block that is free takes the next row block, and not each gridDim.x-th
-//     LAZY       O is rescaled only where the maximum has grown a lot
+//     V is Vᵀ        8-bit products sum along rows, so V comes transposed; and its keys lie in the order in which a thread
+//                    has them in P̃ after the first product, so that P̃ needs no exchange between lanes
+//     P̃ is larger   by 2^8, for e4m3 to have room for small ones; l sums it before it is rounded
+//     scales         Q's and K's go into the exponent, V's into P̃ or O (scales.cuh)
+//     O is rescaled  where P̃ would be too large, not where it has grown a lot: e4m3 ends at 448
 //
-// Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES (of K and of V), BF16, BANDED (causal, window), SCORED (scaled
-// before the softmax), O_APART (O has a tile of its own; else it leaves through V's, and the next V waits),
-// Q_IN_REGISTERS (so many times 16 columns), UNROLL (steps in a row), the switches; TRACE (trace.cuh).
-#include "pipeline.cuh"
-#include "scheduler.cuh"
-#include "softmax.cuh"
+// Compile-time, by -D: as fwd_v3.cu, where Q_IN_REGISTERS counts 32 columns; BLOCKED: scales of blocks, else of heads.
+#define EIGHT_BITS 1
+#include "rows.cuh"
+#include "scales.cuh"
 #include "trace.cuh"
 #include "wgmma.cuh"
 
-constexpr int d = HEAD_DIM, Bc = TILE_BC, Br = 64 * WARPGROUPS;
-constexpr int WIDE = d % 128 == 0 ? 128 : 64;                          // a panel of Q and K: columns, of a byte each
-constexpr int DEEP = Bc % 128 == 0 ? 128 : Bc % 64 == 0 ? 64 : 32;     // a panel of Vᵀ: keys
-constexpr int Q_BYTES = 64 * d, KV_BYTES = Bc * d, O_PANELS = d / 64, O_BYTES = 2 * 64 * d;
 constexpr int HELD = Q_IN_REGISTERS;  // 32 columns of Q each, read once a row block; every product reads the others
-constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps, each of which releases a stage
-constexpr int THREADS = 128 * (WARPGROUPS + 1), LAUNCHED = 65536 / THREADS / 8 * 8;  // registers a thread starts with
-constexpr int TAKEN = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : 240;  // registers a consumer has,
-constexpr int GIVEN = WARPGROUPS >= 3 ? 32 : 24;                       // and a producer keeps
-static_assert(GIVEN + WARPGROUPS * TAKEN <= (WARPGROUPS + 1) * LAUNCHED, "more would wait for ever");
-static_assert(O_APART || STAGES * Bc >= 2 * Br, "O has no room among the tiles of V");
-
-// What one of S_j and of V_j is worth, K's scale and V's; V_j comes to O's unit sigma by P̃, which is 2^fold larger.
-struct Worth {
-    float K, fold, unfold, sigma;
-};
-
-struct Shared {
-    alignas(1024) unsigned char sQ[WARPGROUPS][Q_BYTES];  // [64, d] each
-    alignas(1024) unsigned char sO[O_APART ? WARPGROUPS : 1][O_APART ? O_BYTES : 1024];
-    alignas(1024) unsigned char sK[STAGES][KV_BYTES];  // [Bc, d]
-    alignas(1024) unsigned char sV[STAGES][KV_BYTES];  // [d, Bc]
-    u64 Q[WARPGROUPS][2], K[2 * STAGES], V[2 * STAGES], told[2], O_here[1];  // barriers
-    Work slot;
-    alignas(16) Worth worth[STAGES];  // beside K
-};
-
-// What e4m3 is worth: a factor for each block, Q [B, H, q_blocks], K and V [B, H_kv, kv_blocks].
-struct Scales {
-    const float *Q, *K, *V;
-    int q_blocks, q_rows, kv_blocks;
-};
-
-// ---- the producers --------------------------------------------------------------------------------------------------
-
-// Four warps with a job each: none waits for what another waits for.
-DEVICE void bring_Q(Shared &s, const TensorMap &map) {
-    Ring<1> ring(s.Q[0]);
-    Next next{&s.slot, s.told};
-    for (Work w; next.hear(w, 1); ring.next()) {
-        next.heard();
-#pragma unroll 1
-        for (int g = 0; g < WARPGROUPS; ++g) {
-            ring.barriers = shared_address(s.Q[g]);
-            ring.acquire();
-            ring.announce(Q_BYTES);
-            const u32 tile = shared_address(s.sQ[g]);
-#pragma unroll 1
-            for (int p = 0; p < d / WIDE; ++p)
-                copy_in(tile + p * (64 * WIDE), map, ring.full(), WIDE * p, w.i0 + 64 * g, w.head, w.batch, EVICT_FIRST);
-        }
-    }
-}
-
-// The scales of K's and V's blocks, one after another.  V's may wander from O's unit as far as P̃ has room for.
-struct Scaled {
-    const float *K, *V;
-    float k, v, sigma;
-
-    DEVICE Scaled(const Scales &scales, const Shape &shape, const Work &w) {
-        const int head = (w.batch * shape.H + w.head) / shape.group;
-        K = scales.K + head * scales.kv_blocks, V = scales.V + head * scales.kv_blocks;
-        k = load(K + w.end - 1), v = sigma = load(V + w.end - 1);
-    }
-
-    // Of this block; `after` comes next.
-    DEVICE Worth next(int after) {
-        float unfold = __fdividef(sigma, v);
-        if (unfold < 0.82f || unfold > 4.f) unfold = 1.f, sigma = v;
-        const Worth worth{k, -log2_approx(unfold), unfold, sigma};
-        k = load(K + after), v = load(V + after);
-        return worth;
-    }
-};
-
-// K or V, from the last block to the first.
-//
-// The next row block is drawn when K of this one has been asked for: late enough to go to whoever is free, early enough.
-// Where O has no tile of its own, it leaves through those of V before the next V comes.
-template <bool IS_V>
-DEVICE void bring(Shared &s, unsigned char (&tiles)[STAGES][KV_BYTES], u64 *barriers, const TensorMap &map,
-                  const TensorMap &O, const Scales &scales, const Shape &shape) {
-    Ring<STAGES> ring(barriers);
-    Next next{&s.slot, s.told};
-    Ring<1> O_here(s.O_here);
-    for (Work w; next.hear(w, 1);) {
-        if (IS_V) next.heard();
-        Scaled scaled(scales, shape, w);
-#pragma unroll 1
-        for (int j = w.end - 1; j >= w.first; --j) {
-            ring.acquire();
-            if (BLOCKED && !IS_V) s.worth[ring.stage] = scaled.next(max(j - 1, w.first));
-            ring.announce(KV_BYTES);
-            u32 tile = shared_address(tiles[ring.stage]);
-            if (IS_V) {
-#pragma unroll
-                for (int p = 0; p < Bc / DEEP; ++p, tile += d * DEEP)
-                    copy_in(tile, map, ring.full(), j * Bc + DEEP * p, 0, w.kv_head, w.batch, EVICT_LAST);
-            } else {
-#pragma unroll
-                for (int p = 0; p < d / WIDE; ++p, tile += Bc * WIDE)
-                    copy_in(tile, map, ring.full(), WIDE * p, j * Bc, w.kv_head, w.batch, EVICT_LAST);
-            }
-            ring.next();
-        }
-        if (!IS_V) next.heard();
-        if (IS_V && !O_APART) {
-            O_here.wait(), O_here.next();
-#pragma unroll 1
-            for (int t = 0; t < WARPGROUPS * O_PANELS; ++t)
-                copy_out(O, shared_address(s.sV) + t * (64 * 128), t % O_PANELS * 64, w.i0 + t / O_PANELS * 64, w.head,
-                         w.batch);
-            copies_out_commit();
-            copies_out_read();
-        }
-    }
-}
+constexpr float LOG2_E = 1.4426950408889634f;
 
 // ---- a consumer warpgroup: 64 rows ------------------------------------------------------------------------------------
 
-struct Consumer {
-    static constexpr int FIRST_NAME = Turns<WARPGROUPS, PING_PONG>::FIRST_NAME + WARPGROUPS;  // of its own named barriers
-    Shared &s;
-    const TensorMap &O;
-    float *LSE;
-    const Shape &shape;
-    const Scales &scales;
-    const int warpgroup, warp, lane;
+struct Consumer : Rows {
     Ring<1> Q{s.Q[warpgroup]};
     Ring<STAGES> K{s.K}, V{s.V};
     Turns<WARPGROUPS, PING_PONG> turn{warpgroup};
     Trace trace;
-    Work w;
-    int skipped = 0;  // key blocks of this row block that its other warpgroups alone see
-    int i0;           // the warpgroup's first row
-    int row;          // this thread's first row; its second is 8 further
-    float unit;       // of S, in powers of 2; where scales are those of blocks, but for K's
-    Worth worth;      // of the blocks under way
-    float sigma;      // the scale that O has
-    Softmax<LAZY, 8> softmax;
+    const Scales &scales;
+    float unit;   // of S, in powers of 2; but for K's scale, where blocks have one
+    Worth worth;  // of the blocks under way
+    float sigma;  // the scale of V that O has
+    Softmax<In8Bits> softmax;
     float rS[Bc / 2];             // S, then P̃  [64, Bc]
     u32 rP[Bc / 8];               // P̃ in 8 bits, four to a register
     u32 rQ[HELD ? 4 * HELD : 1];  // Q in 8 bits  [64, 32 HELD]
     float rO[d / 2];              // O  [64, d]
 
-    DEVICE Consumer(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, const Scales &scales, u32 *marks,
-                    int warpgroup)
-        : s(s), O(O), LSE(LSE), shape(shape), scales(scales), warpgroup(warpgroup), warp(threadIdx.x / 32 % 4),
-          lane(threadIdx.x % 32), trace(marks, blockIdx.x * WARPGROUPS + warpgroup) {}
+    DEVICE Consumer(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, u32 *marks, int warpgroup,
+                    const Scales &scales)
+        : Rows(s, O, LSE, shape, warpgroup), trace(marks, blockIdx.x * WARPGROUPS + warpgroup), scales(scales) {}
 
     DEVICE void run() {
         Next next{&s.slot, s.told};
+        trace.enter(FOR_WORK);
         bool more = hear(next);
         begin(more);
         while (more) {
-            softmax = Softmax<LAZY, 8>();
-            scale();
+            take_scales();
+            softmax = {};
 #pragma unroll
             for (int e = 0; e < d / 2; ++e) rO[e] = 0.f;
             attend();
@@ -183,44 +55,24 @@ struct Consumer {
             V.release(), V.next();
             finish();
             const Work done = w;
-            more = hear(next);
+            trace.enter(FOR_WORK), more = hear(next);
             begin(more);
-            tell(done);  // under the next rows' first product
+            tell(softmax, done);  // under the next rows' first product
         }
         trace.leave();
         products_wait<0>(rS);
         if (threadIdx.x % 128 == 0) copies_out_read();
     }
 
-    DEVICE bool hear(Next &next) {
-        trace.enter(FOR_WORK);
-        const bool more = next.hear(w);
-        next.heard();
-        i0 = w.i0 + 64 * warpgroup;
-        row = i0 + 16 * warp + lane / 4;
-        if (BANDED) {
-            const int seen = min(i0 + 64, shape.N_q) + shape.hi;  // keys before this one
-            const int end = max((seen + Bc - 1) / Bc, w.first + 1);
-            skipped = max(0, min(w.end - end, STAGES - 1)), w.end -= skipped;
-        }
-        return more;
-    }
-
-    // The scale of these rows of Q, and of all of K and V, where there is one.
-    DEVICE void scale() {
+    // The scale of these rows of Q, and of all of K and V, where there is but one.
+    DEVICE void take_scales() {
         const int head = w.batch * shape.H + w.head, block = min(i0, shape.N_q - 1) / scales.q_rows;
-        unit = load(scales.Q + head * scales.q_blocks + min(block, scales.q_blocks - 1)) * shape.scale * 1.4426950408889634f;
+        unit = load(scales.Q + head * scales.q_blocks + min(block, scales.q_blocks - 1)) * shape.scale * LOG2_E;
         worth = {1.f, 0.f, 1.f, 1.f};
         if (!BLOCKED) unit *= load(scales.K + head / shape.group), worth.sigma = load(scales.V + head / shape.group);
         sigma = worth.sigma;
     }
 
-    DEVICE void take_worth() {
-        if (BLOCKED) worth = s.worth[K.stage];
-    }
-
-    // The last blocks, which only rows of other warpgroups see, and the turns at them.  No more than come whatever this
-    // warpgroup does: it waits for them one by one, and the others for their release.
     DEVICE void skip_K() {
         for (int n = 0; n < skipped; ++n) K.skip(), turn.wait(), turn.pass();
     }
@@ -229,7 +81,6 @@ struct Consumer {
         for (int n = 0; n < skipped; ++n) V.skip();
     }
 
-    // S of the first block has no softmax to run under.  After the last row block it is of whatever lies there.
     DEVICE void begin(bool more) {
         if (more) {
             trace.enter(FOR_Q), Q.wait();
@@ -239,7 +90,6 @@ struct Consumer {
         scores();
     }
 
-    // The key blocks from last to first: those that the mask cuts, then whole ones, then, in a window, cut ones again.
     DEVICE void attend() {
         int j = w.end - 1;
         first(j--);
@@ -253,13 +103,11 @@ struct Consumer {
     }
 
     DEVICE void first(int j) {
-        take_worth(), sigma = worth.sigma;
+        if (BLOCKED) worth = s.worth[K.stage], sigma = worth.sigma;
         trace.enter(FOR_S), products_wait<0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
-        mask(j);
-        softmax.follow(rS, unit * worth.K);
-        softmax.weights(rS, unit * worth.K, worth.fold, worth.unfold);
+        exponentials<true>(j);
         take_P();
     }
 
@@ -272,13 +120,11 @@ struct Consumer {
         trace.enter(FOR_V), V.wait();
         weigh();
         turn.pass();
-        take_worth();
+        if (BLOCKED) worth = s.worth[K.stage];
         trace.enter(FOR_S), products_wait<OVERLAP ? 1 : 0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
-        if (MASKED) mask(j); else score();
-        softmax.follow(rS, unit * worth.K);
-        softmax.weights(rS, unit * worth.K, worth.fold, worth.unfold);
+        exponentials<MASKED>(j);
         settled(rS);
         trace.enter(FOR_O);
         if (BLOCKED && worth.sigma != sigma) {
@@ -291,41 +137,41 @@ struct Consumer {
         take_P();
     }
 
+    template <bool MASKED>
+    DEVICE void exponentials(int j) {
+        float of_S = unit * worth.K;
+        if (SCORED) score(rS, of_S / LOG2_E), of_S = LOG2_E;
+        if (MASKED) mask(rS, j);
+        softmax.follow(rS, of_S), softmax.weights(rS, of_S, worth.fold, worth.unfold);
+    }
+
     // S_j is there, so that the next K may come; if it was the last one, the next Q, too.
     DEVICE void release_K(int j) {
         K.release(), K.next();
         if (HELD < d / 32 && j == w.first) Q.release(), Q.next();
     }
 
-    // Registers take what they have room for; if all, the next Q may come.
+    // Registers take all of Q or nothing; if all, the next Q may come.
     DEVICE void take_Q() {
         const u32 sQ = shared_address(s.sQ[warpgroup]);
 #pragma unroll
-        for (int c = 0; c < HELD; ++c) load_matrices(columns_at<WIDE>(sQ, c), rQ + 4 * c);
+        for (int c = 0; c < HELD; ++c) load_matrices(columns_at<WIDTH>(sQ, c), rQ + 4 * c);
         if (HELD == d / 32) {
             __syncwarp(~0u);  // all lanes have read
             Q.release(), Q.next();
         }
     }
 
-    // Where this lane's row of the c-th 32 bytes of a tile [64, ·] in panels lies: its first 16 bytes, or the others.
-    template <int Width>
-    DEVICE u32 columns_at(u32 tile, int c) const {
-        constexpr int CHUNKS = Width / 16;
-        const int r = 16 * warp + lane % 16, chunk = 2 * c + lane / 16;
-        return tile + chunk / CHUNKS * (64 * Width) + r * Width + (chunk % CHUNKS ^ r * Width / 128 % CHUNKS) * 16;
-    }
-
     // S = Q Kᵀ  [64, Bc]
     DEVICE void scores() {
         trace.enter(QK);
-        const u64 q = by_columns(shared_address(s.sQ[warpgroup]), WIDE);
-        const u64 k = by_columns(shared_address(s.sK[K.stage]), WIDE);
+        const u64 q = by_columns(shared_address(s.sQ[warpgroup]), WIDTH);
+        const u64 k = by_columns(shared_address(s.sK[K.stage]), WIDTH);
         products_begin();
 #pragma unroll
         for (int c = 0; c < d / 32; ++c) {
-            const int panel = c / (WIDE / 32), inside = c % (WIDE / 32) * NEXT_COLUMNS;
-            const int in_Q = panel * (64 * WIDE >> 4) + inside, in_K = panel * (Bc * WIDE >> 4) + inside;
+            const int panel = c / (WIDTH / 32), inside = c % (WIDTH / 32) * NEXT_COLUMNS;
+            const int in_Q = panel * (Q_PANEL >> 4) + inside, in_K = panel * (KV_PANEL >> 4) + inside;
             if (c < HELD) Product<Bc, E4M3>::columns(rS, rQ + 4 * c, k + in_K, c > 0);
             else Product<Bc, E4M3>::tiles(rS, q, in_Q, k, in_K, c > 0);
         }
@@ -345,47 +191,17 @@ struct Consumer {
         products_commit();
     }
 
+    // Of every 16 keys a thread has two neighbours, and two that are 8 further.
     DEVICE void take_P() {
         trace.enter(PACK);
 #pragma unroll
-        for (int c = 0; c < Bc / 16; ++c)
-            for (int a = 0; a < 2; ++a) {
-                const float *x = rS + 8 * c + 2 * a;
-                rP[2 * c + a] = pack_e4m3(x[0], x[1], x[4], x[5]);
-            }
-    }
-
-    // Whether every row of the warpgroup sees every key of block j.
-    DEVICE bool whole(int j) const {
-        const int last = min(i0 + 64, shape.N_q) - 1;
-        return (j + 1) * Bc <= shape.N_k &&
-               (!BANDED || (last + shape.lo <= j * Bc && (j + 1) * Bc - 1 <= i0 + shape.hi));
-    }
-
-    DEVICE void score() {
-        if (SCORED)
-#pragma unroll
-            for (int e = 0; e < Bc / 2; ++e) {
-                rS[e] *= shape.scale;  // TODO
-                if (shape.softcap > 0) rS[e] = shape.softcap * tanh_fast(rS[e] / shape.softcap);
-            }
-    }
-
-    DEVICE void mask(int j) {
-        score();
-        const int key = j * Bc + column_of(0, lane), last = shape.N_k - 1 - key;  // columns are counted from key
-#pragma unroll
-        for (int e = 0; e < Bc / 2; ++e) {
-            const int i = row + 8 * row_of(e) - key;
-            if (column_of(e, 0) > (BANDED ? min(last, i + shape.hi) : last)) rS[e] = NEG_INF;
+        for (int e = 0; e < Bc / 8; ++e) {
+            const float *x = rS + e / 2 * 8 + e % 2 * 2;
+            rP[e] = pack_e4m3(x[0], x[1], x[4], x[5]);
         }
-        if (BANDED && shape.lo > -shape.N_q)  // a window: keys before it
-#pragma unroll
-            for (int e = 0; e < Bc / 2; ++e)
-                if (column_of(e, 0) < row + 8 * row_of(e) - key + shape.lo) rS[e] = NEG_INF;
     }
 
-    // O = diag(l)⁻¹ O, to its tile and out
+    // O = σ diag(l)⁻¹ O, to its tile and out
     DEVICE void finish() {
         trace.enter(FINISH);
         softmax.join();
@@ -395,69 +211,27 @@ struct Consumer {
 #pragma unroll
             for (int e = 0; e < d / 2; ++e)
                 if (softmax.l[row_of(e)] == 0.f) rO[e] = 0.f;
-
-        const u32 name = FIRST_NAME + warpgroup;
-        const u32 sO = shared_address(O_APART ? s.sO[warpgroup] : &s.sV[0][0] + warpgroup * O_BYTES);
-        if (!O_APART) named_sync(FIRST_NAME + WARPGROUPS, 128 * WARPGROUPS);  // nobody reads V any more
-        if (O_APART && threadIdx.x % 128 == 0) copies_out_read();
-        if (O_APART) named_sync(name, 128);  // the O of before has left
-#pragma unroll
-        for (int c = 0; c < d / 16; ++c) {
-            const float *x = rO + 8 * c;
-            store_matrices(columns_at<128>(sO, c), pack<BF16>(x[0], x[1]), pack<BF16>(x[2], x[3]), pack<BF16>(x[4], x[5]),
-                           pack<BF16>(x[6], x[7]));
-        }
-        async_fence();
-        named_sync(name, 128);
-        if (threadIdx.x % 128 == 0) {
-            if (!O_APART) {
-                barrier_arrive(shared_address(s.O_here));
-            } else {
-                for (int p = 0; p < O_PANELS; ++p)
-                    copy_out(O, sO + p * 64 * 128, 64 * p, w.i0 + 64 * warpgroup, w.head, w.batch);
-                copies_out_commit();
-            }
-        }
-    }
-
-    // LSE = m + log l
-    DEVICE void tell(const Work &w) {
-        float *to = LSE + (static_cast<long long>(w.batch) * shape.H + w.head) * shape.N_q;
-#pragma unroll
-        for (int a = 0; a < 2; ++a) {
-            const int i = w.i0 + 64 * warpgroup + 16 * warp + lane / 4 + 8 * a;
-            if (lane % 4 == 0 && i < shape.N_q) store(to + i, softmax.lse(a));
-        }
+        send(rO);
     }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    fwd_v3_fp8(const __grid_constant__ TensorMap Q, const __grid_constant__ TensorMap K, const __grid_constant__ TensorMap V,
-           const __grid_constant__ TensorMap O, float *LSE, int *counter, u32 *marks,
-           const __grid_constant__ Scales scales, const __grid_constant__ Shape shape) {
+    fwd_v3_fp8(const __grid_constant__ TensorMap Q, const __grid_constant__ TensorMap K,
+               const __grid_constant__ TensorMap V, const __grid_constant__ TensorMap O, float *LSE, int *counter,
+               u32 *marks, const __grid_constant__ Scales scales, const __grid_constant__ Shape shape) {
     Shared &s = *reinterpret_cast<Shared *>(shared_memory() + (0u - shared_address(shared_memory())) % 1024);
     if (threadIdx.x == 0) {
         prefetch(Q), prefetch(K), prefetch(V), prefetch(O);
-        for (int g = 0; g < WARPGROUPS; ++g) Ring<1>::init(s.Q[g], 4);
-        Ring<STAGES>::init(s.K, CONSUMERS);
-        Ring<STAGES>::init(s.V, CONSUMERS);
-        Ring<1>::init(s.told, CONSUMERS + 3);
-        barrier_init(shared_address(s.O_here), WARPGROUPS);
-        barrier_init_fence();
+        s.init();
     }
     __syncthreads();
 
     const int warpgroup = uniform(~0u, threadIdx.x / 128);
     if (warpgroup == WARPGROUPS) {
         give_registers<GIVEN>();
-        const int warp = threadIdx.x / 32 % 4;
-        if (threadIdx.x % 32 != 0);
-        else if (warp == 0) hand_out<DYNAMIC>(Order<Br, Bc, BANDED>{shape}, {&s.slot, s.told}, counter);
-        else if (warp == 1) bring_Q(s, Q);
-        else if (warp == 2) bring<false>(s, s.sK, s.K, K, O, scales, shape);
-        else bring<true>(s, s.sV, s.V, V, O, scales, shape);
+        produce(s, Q, K, V, O, shape, counter, BesideK(s, scales, shape));
     } else {
         take_registers<TAKEN>();
-        Consumer(s, O, LSE, shape, scales, marks, warpgroup).run();
+        Consumer(s, O, LSE, shape, marks, warpgroup, scales).run();
     }
 }

@@ -10,18 +10,17 @@ DEVICE bool asks() { return WARP_SPECIALIZED || threadIdx.x % 32 == 0; }
 
 constexpr int IN_A_ROW = WARP_SPECIALIZED ? 1 : PANELS;  // copies: who multiplies has no register to count them
 
-// The j-th tile of rows from i0 on to the ring's stage, when all have released what lay there.
+// The j-th tile of rows from i0 on, to the ring's stage, which is free.
 template <int Size, int Bytes>
 DEVICE void ask(const Ring<Size> &ring, unsigned char (&tiles)[Size][Bytes], const TensorMap &map, int i0, int j,
                 int head, int batch, u64 policy) {
-    constexpr int PANEL = Bytes / PANELS, ROWS = PANEL / 128;
-    ring.acquire();
+    constexpr int PANEL = Bytes / PANELS, ROWS = PANEL / WIDTH;
     if (!asks()) return;
     ring.announce(Bytes);
     const u32 tile = shared_address(tiles[ring.stage]);
 #pragma unroll IN_A_ROW
     for (int p = 0; p < PANELS; ++p)
-        copy_in(tile + p * PANEL, map, ring.full(), 64 * p, i0 + j * ROWS, head, batch, policy);
+        copy_in(tile + p * PANEL, map, ring.full(), WIDTH / BYTES * p, i0 + j * ROWS, head, batch, policy);
 }
 
 // Q of a row block, 64 rows a warpgroup.
@@ -29,14 +28,23 @@ DEVICE void ask_Q(Ring<1> ring, Shared &s, const TensorMap &map, const Work &w) 
 #pragma unroll 1
     for (int g = 0; g < WARPGROUPS; ++g) {
         ring.barriers = shared_address(s.Q[g]);
+        ring.acquire();
         ask(ring, s.sQ[g], map, w.i0, g, w.head, w.batch, EVICT_FIRST);
     }
 }
 
 // Block j of K or of V.
-DEVICE void ask_KV(const Ring<STAGES> &ring, unsigned char (&tiles)[STAGES][KV_BYTES], const TensorMap &map,
-                   const Work &w, int j) {
-    ask(ring, tiles, map, 0, j, w.kv_head, w.batch, EVICT_LAST);
+DEVICE void ask_K(const Ring<STAGES> &ring, Shared &s, const TensorMap &map, const Work &w, int j) {
+    ask(ring, s.sK, map, 0, j, w.kv_head, w.batch, EVICT_LAST);
+}
+
+DEVICE void ask_V(const Ring<STAGES> &ring, Shared &s, const TensorMap &map, const Work &w, int j) {
+    if (!EIGHT_BITS) return ask(ring, s.sV, map, 0, j, w.kv_head, w.batch, EVICT_LAST);
+    ring.announce(KV_BYTES);  // Vᵀ: rows are columns of V, and panels keys
+    const u32 tile = shared_address(s.sV[ring.stage]);
+#pragma unroll
+    for (int p = 0; p < Bc / DEEP; ++p)
+        copy_in(tile + p * (d * DEEP), map, ring.full(), j * Bc + DEEP * p, 0, w.kv_head, w.batch, EVICT_LAST);
 }
 
 // O of a row block from V's tiles, when all have written it there.
@@ -44,8 +52,8 @@ DEVICE void send_O(Ring<1> &O_here, Shared &s, const TensorMap &map, const Work 
     O_here.wait(), O_here.next();
     if (!asks()) return;
 #pragma unroll 1
-    for (int t = 0; t < WARPGROUPS * PANELS; ++t)
-        copy_out(map, shared_address(s.sV) + t * Q_PANEL, t % PANELS * 64, w.i0 + t / PANELS * 64, w.head, w.batch);
+    for (int t = 0; t < WARPGROUPS * O_PANELS; ++t)
+        copy_out(map, shared_address(s.sV) + t * O_PANEL, t % O_PANELS * 64, w.i0 + t / O_PANELS * 64, w.head, w.batch);
     copies_out_commit();
 }
 
@@ -66,23 +74,52 @@ DEVICE void bring_Q(Shared &s, const TensorMap &map) {
     }
 }
 
-// K or V, from the last block to the first.
+// K, from the last block to the first; and what is put beside it.
 //
 // The next row block is drawn when K of this one has been asked for: late enough to go to whoever is free, early enough.
-// Where O has no tile of its own, it leaves through those of V before the next V comes.
-template <bool IS_V>
-DEVICE void bring(Shared &s, unsigned char (&tiles)[STAGES][KV_BYTES], u64 *barriers, const TensorMap &map,
-                  const TensorMap &O) {
-    Ring<STAGES> ring(barriers);
+struct Nothing {
+    DEVICE void begin(const Work &) {}
+    DEVICE void put(int, int) {}
+};
+
+template <class Beside>
+DEVICE void bring_K(Shared &s, const TensorMap &map, Beside beside) {
+    Ring<STAGES> ring(s.K);
+    Next next{&s.slot, s.told};
+    for (Work w; next.hear(w, 1); next.heard()) {
+        beside.begin(w);
+#pragma unroll 1
+        for (int j = w.end - 1; j >= w.first; --j, ring.next()) {
+            ring.acquire();
+            beside.put(ring.stage, j);
+            ask_K(ring, s, map, w, j);
+        }
+    }
+}
+
+// V; and where O has no tile of its own, O, which leaves through those of V before the next V comes.
+DEVICE void bring_V(Shared &s, const TensorMap &map, const TensorMap &O) {
+    Ring<STAGES> ring(s.V);
     Next next{&s.slot, s.told};
     Ring<1> O_here(s.O_here);
     for (Work w; next.hear(w, 1);) {
-        if (IS_V) next.heard();
+        next.heard();
 #pragma unroll 1
-        for (int j = w.end - 1; j >= w.first; --j) ask_KV(ring, tiles, map, w, j), ring.next();
-        if (!IS_V) next.heard();
-        if (IS_V && !O_APART) send_O(O_here, s, O, w), copies_out_read();
+        for (int j = w.end - 1; j >= w.first; --j, ring.next()) ring.acquire(), ask_V(ring, s, map, w, j);
+        if (!O_APART) send_O(O_here, s, O, w), copies_out_read();
     }
+}
+
+// What each of the four warps does.
+template <class Beside>
+DEVICE void produce(Shared &s, const TensorMap &Q, const TensorMap &K, const TensorMap &V, const TensorMap &O,
+                    const Shape &shape, int *counter, Beside beside) {
+    const int warp = threadIdx.x / 32 % 4;
+    if (threadIdx.x % 32 != 0) return;
+    if (warp == 0) hand_out(s, shape, counter);
+    else if (warp == 1) bring_Q(s, Q);
+    else if (warp == 2) bring_K(s, K, beside);
+    else bring_V(s, V, O);
 }
 
 // ---- or none: a warp of the last warpgroup asks for tiles between its products ------------------------------------------
@@ -122,11 +159,11 @@ struct Loader {
 
     // Block j, if the row block has one.
     DEVICE void K(const Ring<STAGES> &ring, const Work &w, int j) {
-        if (mine && j >= w.first) ask_KV(ring, s.sK, map_K, w, j);
+        if (mine && j >= w.first) ring.acquire(), ask_K(ring, s, map_K, w, j);
     }
 
     DEVICE void V(const Ring<STAGES> &ring, const Work &w, int j) {
-        if (mine && j >= w.first) ask_KV(ring, s.sV, map_V, w, j);
+        if (mine && j >= w.first) ring.acquire(), ask_V(ring, s, map_V, w, j);
     }
 
     DEVICE void send_O(const Work &w) {

@@ -2,8 +2,9 @@
 //
 // A thread holds two rows, lane/4 and lane/4 + 8 of its warp's 16; four neighbouring lanes share a row.
 //
-// Lazy: m follows the maximum only where that has grown by more than 2^8, so that O is seldom rescaled.  P̃ <= 2^8 then, and
-// the result is as exact: any m gives the same quotient.  [FlashAttention-4's conditional rescaling]
+// m need not be the maximum: any m gives the same quotient, as long as P̃ = 2^(S - m) is neither too large nor too small for
+// its format.  So m follows the maximum only where that has grown by more than ROOM, and O is seldom rescaled.
+// [FlashAttention-4's conditional rescaling]
 #pragma once
 
 #include "ptx.cuh"
@@ -14,55 +15,46 @@ constexpr float NEG_INF = __builtin_bit_cast(float, 0xFF800000);
 DEVICE constexpr int row_of(int e) { return e / 2 % 2; }
 DEVICE constexpr int column_of(int e, int lane) { return e / 4 * 8 + lane % 4 * 2 + e % 2; }
 
-// Offset: P̃ is as many powers of 2 larger, and l with it.
-template <bool Lazy, int Offset = 0>
+// Powers of 2: how far a maximum may be above m; how far m is above a new one; how much larger P̃ and l are.
+template <bool Lazy>
+struct In16Bits {
+    static constexpr float ROOM = Lazy ? 8.f : 0.f, SLACK = 0.f, OFFSET = 0.f;
+};
+struct In8Bits {  // at most 2^(8.5 + 0.29) = 448, the largest number of e4m3: the rest is a fold's (scales.cuh)
+    static constexpr float ROOM = 0.5f, SLACK = 1.f, OFFSET = 8.f;
+};
+
+template <class Leeway>
 struct Softmax {
-    static constexpr float GROWTH = 8.f;  // powers of 2
-    static constexpr float SLACK = 1.f, ROOM = 0.5f;
-    float m[2] = {NEG_INF, NEG_INF};  // running maximum of the scores, or one of before, in powers of 2
+    float m[2] = {NEG_INF, NEG_INF};  // running maximum of the scores, or a little above or below, in powers of 2
     float l[2] = {0.f, 0.f};          // running sum, this lane's part
     float alpha[2];                   // exp(m_old - m): what O and l of before are worth now
 
-    // rS becomes P̃ = 2^(unit S - m + Offset).  unit > 0: log2 e, times the scale that S has not had yet.
-    template <int Size>
-    DEVICE void update(float (&rS)[Size], float unit) {
-#pragma unroll
-        for (int a = 0; a < 2; ++a) {
-            float top = rS[2 * a];
-#pragma unroll
-            for (int e = 2 * a; e < Size; e += 4) top = fmaxf(top, fmaxf(rS[e], rS[e + 1]));
-            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-            top = fmaxf(m[a], top * unit);
-            if (Lazy && top - m[a] <= GROWTH) top = m[a];
-            const float seen = top == NEG_INF ? 0.f : top;  // a row that has seen nothing: P̃ = 0
-            alpha[a] = exp2_approx(m[a] - seen);            // exactly 1 where m stays
-            m[a] = top;
-            float sum = 0.f;
-#pragma unroll
-            for (int e = 2 * a; e < Size; e += 4) {
-                rS[e] = exp2_approx(rS[e] * unit + (Offset - seen));
-                rS[e + 1] = exp2_approx(rS[e + 1] * unit + (Offset - seen));
-                sum += rS[e] + rS[e + 1];
-            }
-            l[a] = l[a] * alpha[a] + sum;
-        }
-    }
-
-    // m follows, where P̃ would be too large: where the maximum has grown by more than there is room for.
+    // m, and alpha.  unit > 0: log2 e, times the scale that S has not had yet.
     template <int Size>
     DEVICE void follow(const float (&rS)[Size], float unit) {
         float top[2] = {NEG_INF, NEG_INF};
-        alpha[0] = alpha[1] = 1.f;
-        measure(rS, top);
-        rise(top, unit);
+#pragma unroll
+        for (int e = 0; e < Size; e += 2) top[row_of(e)] = fmaxf(top[row_of(e)], fmaxf(rS[e], rS[e + 1]));
+#pragma unroll
+        for (int a = 0; a < 2; ++a) {
+            top[a] = fmaxf(top[a], __shfl_xor_sync(~0u, top[a], 1));
+            top[a] = fmaxf(top[a], __shfl_xor_sync(~0u, top[a], 2)) * unit;
+            alpha[a] = 1.f;
+            if (top[a] > m[a] + Leeway::ROOM) {
+                top[a] += Leeway::SLACK;
+                alpha[a] = exp2_approx(m[a] - top[a]), m[a] = top[a];
+            }
+        }
     }
 
+    // rS becomes P̃ = 2^(unit S - m + fold); l sums what P̃ is worth, unfold = 2^-fold.
     template <int Size>
-    DEVICE void weights(float (&rS)[Size], float unit, float fold, float unfold) {
+    DEVICE void weights(float (&rS)[Size], float unit, float fold = 0.f, float unfold = 1.f) {
         float to[2], sum[2] = {0.f, 0.f};
 #pragma unroll
-        for (int a = 0; a < 2; ++a) to[a] = Offset + fold - (m[a] == NEG_INF ? 0.f : m[a]);
+        for (int a = 0; a < 2; ++a)  // a row that has seen nothing: P̃ = 0
+            to[a] = Leeway::OFFSET + fold - (m[a] == NEG_INF ? 0.f : m[a]);
 #pragma unroll
         for (int e = 0; e < Size; e += 2) {
             const int a = row_of(e);
@@ -71,25 +63,6 @@ struct Softmax {
         }
 #pragma unroll
         for (int a = 0; a < 2; ++a) l[a] = l[a] * alpha[a] + sum[a] * unfold;
-    }
-
-    template <int Size>
-    DEVICE void measure(const float (&rS)[Size], float (&top)[2]) {
-#pragma unroll
-        for (int e = 0; e < Size; e += 2) top[row_of(e)] = fmaxf(top[row_of(e)], fmaxf(rS[e], rS[e + 1]));
-    }
-
-    DEVICE void rise(float (&top)[2], float unit) {
-#pragma unroll
-        for (int a = 0; a < 2; ++a) {
-            top[a] = fmaxf(top[a], __shfl_xor_sync(~0u, top[a], 1));
-            top[a] = fmaxf(top[a], __shfl_xor_sync(~0u, top[a], 2));
-            top[a] *= unit;
-            if (top[a] > m[a] + ROOM) {
-                alpha[a] = exp2_approx(m[a] - (top[a] + SLACK));
-                m[a] = top[a] + SLACK;
-            }
-        }
     }
 
     // Whether what older sums are worth has changed in any row of the warp.
@@ -110,7 +83,7 @@ struct Softmax {
 
     // Once joined.
     DEVICE float lse(int a) const {
-        return l[a] == 0.f ? NEG_INF : (m[a] - Offset + log2_approx(l[a])) * 0.6931471805599453f;
+        return l[a] == 0.f ? NEG_INF : (m[a] - Leeway::OFFSET + log2_approx(l[a])) * 0.6931471805599453f;
     }
 };
 

@@ -1,0 +1,117 @@
+// One warpgroup's 64 rows of a row block: which keys they see, where their tiles lie, how their results leave.
+//
+// A thread has two of them, in its accumulators: softmax.cuh.
+#pragma once
+
+#include "producers.cuh"
+#include "softmax.cuh"
+
+constexpr int THREADS = 128 * (WARPGROUPS + WARP_SPECIALIZED);
+constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;  // registers a thread starts with
+constexpr int TAKEN = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : d * BYTES <= 128 ? 232 : 240;  // a consumer has,
+constexpr int GIVEN = WARPGROUPS >= 3 ? 32 : d * BYTES <= 128 ? 40 : 24;  // and a producer keeps
+static_assert(!WARP_SPECIALIZED || GIVEN + WARPGROUPS * TAKEN <= THREADS / 128 * LAUNCHED, "more would wait for ever");
+
+struct Rows {
+    static constexpr int FIRST_NAME = Turns<WARPGROUPS, PING_PONG>::FIRST_NAME + WARPGROUPS;  // of their named barriers
+    Shared &s;
+    const TensorMap &O;
+    float *LSE;
+    const Shape &shape;
+    const int warpgroup, warp, lane;
+    Work w;
+    int skipped = 0;  // key blocks of this row block that its other warpgroups alone see
+    int i0;           // the warpgroup's first row
+    int row;          // this thread's first row; its second is 8 further
+
+    DEVICE Rows(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, int warpgroup)
+        : s(s), O(O), LSE(LSE), shape(shape), warpgroup(warpgroup), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {}
+
+    // The next row block, if there is one.
+    DEVICE bool hear(Next &next) {
+        const bool more = next.hear(w);
+        next.heard();
+        i0 = w.i0 + 64 * warpgroup;
+        row = i0 + 16 * warp + lane / 4;
+        if (BANDED && WARP_SPECIALIZED) {  // the loader waits for all, who would wait for its turns
+            const int seen = min(i0 + 64, shape.N_q) + shape.hi;  // keys before this one
+            const int end = max((seen + Bc - 1) / Bc, w.first + 1);
+            skipped = max(0, min(w.end - end, STAGES - 1)), w.end -= skipped;
+        }
+        return more;
+    }
+
+    // Where this lane's row of the c-th 32 bytes of a tile [64, ·] lies: its first 16 bytes, or the others.
+    template <int Width = 128>
+    DEVICE u32 columns_at(u32 tile, int c) const {
+        constexpr int CHUNKS = Width / 16;
+        const int r = 16 * warp + lane % 16, chunk = 2 * c + lane / 16;
+        return tile + chunk / CHUNKS * (64 * Width) + r * Width + (chunk % CHUNKS ^ r * Width / 128 % CHUNKS) * 16;
+    }
+
+    // Whether every row of the warpgroup sees every key of block j.
+    DEVICE bool whole(int j) const {
+        const int last = min(i0 + 64, shape.N_q) - 1;
+        return (j + 1) * Bc <= shape.N_k &&
+               (!BANDED || (last + shape.lo <= j * Bc && (j + 1) * Bc - 1 <= i0 + shape.hi));
+    }
+
+    // S scaled, and capped.
+    DEVICE void score(float (&rS)[Bc / 2], float scale) const {
+#pragma unroll
+        for (int e = 0; e < Bc / 2; ++e) {
+            rS[e] *= scale;
+            if (shape.softcap > 0) rS[e] = shape.softcap * tanh_fast(rS[e] / shape.softcap);
+        }
+    }
+
+    DEVICE void mask(float (&rS)[Bc / 2], int j) const {
+        const int key = j * Bc + column_of(0, lane), last = shape.N_k - 1 - key;  // columns are counted from key
+#pragma unroll
+        for (int e = 0; e < Bc / 2; ++e) {
+            const int i = row + 8 * row_of(e) - key;
+            if (column_of(e, 0) > (BANDED ? min(last, i + shape.hi) : last)) rS[e] = NEG_INF;
+        }
+        if (BANDED && shape.lo > -shape.N_q)  // a window: keys before it
+#pragma unroll
+            for (int e = 0; e < Bc / 2; ++e)
+                if (column_of(e, 0) < row + 8 * row_of(e) - key + shape.lo) rS[e] = NEG_INF;
+    }
+
+    // O in 16 bits to its tile, and out.
+    DEVICE void send(const float (&rO)[d / 2]) const {
+        const u32 name = FIRST_NAME + warpgroup;
+        const u32 sO = shared_address(O_APART ? s.sO[warpgroup] : &s.sV[0][0] + warpgroup * O_BYTES);
+        if (!O_APART) named_sync(FIRST_NAME + WARPGROUPS, 128 * WARPGROUPS);  // nobody reads V any more
+        if (O_APART && threadIdx.x % 128 == 0) copies_out_read();
+        if (O_APART) named_sync(name, 128);  // the O of before has left
+#pragma unroll
+        for (int c = 0; c < d / 16; ++c) {
+            const float *x = rO + 8 * c;
+            store_matrices(columns_at(sO, c), pack<BF16>(x[0], x[1]), pack<BF16>(x[2], x[3]), pack<BF16>(x[4], x[5]),
+                           pack<BF16>(x[6], x[7]));
+        }
+        async_fence();
+        named_sync(name, 128);
+        if (threadIdx.x % 128 == 0) {
+            if (!O_APART) {
+                barrier_arrive(shared_address(s.O_here));
+            } else {
+                for (int p = 0; p < O_PANELS; ++p)
+                    copy_out(O, sO + p * O_PANEL, 64 * p, w.i0 + 64 * warpgroup, w.head, w.batch);
+                copies_out_commit();
+            }
+        }
+    }
+
+    // LSE = m + log l, of the rows of `w`
+    template <class Leeway>
+    DEVICE void tell(const Softmax<Leeway> &softmax, const Work &w) const {
+        float *to = LSE + (static_cast<long long>(w.batch) * shape.H + w.head) * shape.N_q;
+#pragma unroll
+        for (int a = 0; a < 2; ++a) {
+            const int i = w.i0 + 64 * warpgroup + 16 * warp + lane / 4 + 8 * a;
+            if (lane % 4 == 0 && i < shape.N_q) store(to + i, softmax.lse(a));
+        }
+    }
+};
