@@ -90,12 +90,13 @@ def test_tensor_core_sums_lose_bits_not_more(case, accumulate):
 
 
 def test_tensor_core_sums_are_biased_where_they_are_long():
-    """Dropped bits all pull towards 0: a long sum of one accumulator drifts, that of two levels does not."""
+    """Dropped bits all pull towards 0: a long sum in one accumulator loses more than the same in two levels."""
     problem = Problem(1, 1, 1, 1, 4096, 64)
-    q, k, _ = tensors(0, problem)
-    x = quantize(0 * q, k, torch.full_like(k, 1.0), incoherent=False)
-    off = {name: (flash_attention_3_fp8(x, accumulate=name)[0] - 1).abs().max().item() for name in ACCUMULATE}
-    assert off["fp32"] < 1e-6 and off["two_level"] < 1e-3 and off["fp22"] >= off["two_level"]
+    q, k, v = tensors(0, problem)
+    x = quantize(0 * q, k, 1 + v.abs(), incoherent=False)
+    O_star, _ = reference.forward(problem, *dequantize(x))
+    lost = {name: (1 - flash_attention_3_fp8(x, accumulate=name)[0] / O_star).mean().item() for name in ACCUMULATE}
+    assert abs(lost["fp32"]) < 1e-6 and abs(lost["two_level"]) < 1e-4 and 1e-3 < lost["fp22"] < 2e-2
 
 
 @given(st.integers(0, 999), st.sampled_from([16, 64]), st.sampled_from(SCALES))
