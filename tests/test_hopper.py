@@ -271,7 +271,7 @@ def test_keeps_its_registers(d, N, causal, scored):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
-    "d, tile", [(64, "256x64"), (64, "192x112"), (128, "128x128"), (128, "128x192"), (128, "192x80"), (256, "128x64")]
+    "d, tile", [(64, "256x64"), (64, "192x112"), (64, "128x224"), (128, "128x176"), (128, "192x80"), (256, "128x64")]
 )
 def test_without_producers_it_keeps_its_registers(d, tile, causal):
     problem, tile = Problem(1, 1, 1, 4096, 4096, d, "bf16", mask=Mask(causal)), parse_tile(tile)

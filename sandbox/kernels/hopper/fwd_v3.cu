@@ -52,6 +52,7 @@ struct Consumer : Rows {
 #pragma unroll
             for (int e = 0; e < d / 2; ++e) rO[e] = 0.f;
             attend();
+            load.first_K(Q, K);  // of the next rows, under the last product
             trace.enter(FOR_O), products_wait<0>(rO);
             release_V(w.first);
             finish();
@@ -135,7 +136,6 @@ struct Consumer : Rows {
     DEVICE void release_K(int j) {
         K.release(), load.K(K.again(), w, j - STAGES), K.next();
         if (HELD < d / 16 && j == w.first) Q.release(), Q.next();
-        if (j == w.first) load.first_K(Q, K);
     }
 
     // P̃ V_j is there.

@@ -8,7 +8,7 @@ using Blocks = Order<Br, Bc, BANDED>;
 // A producer is one lane; a warp that multiplies comes here as a whole, and its first lane asks.
 DEVICE bool asks() { return WARP_SPECIALIZED || threadIdx.x % 32 == 0; }
 
-constexpr int IN_A_ROW = WARP_SPECIALIZED ? 1 : PANELS;  // copies: who multiplies has no register to count them
+constexpr int IN_A_ROW = WARP_SPECIALIZED ? 1 : PANELS;  // copies: a loop would cost products uniform registers
 
 // The j-th tile of rows from i0 on, to the ring's stage, which is free.
 template <int Size, int Bytes>
