@@ -3,10 +3,10 @@
 // Every thread of a block is a fiber.  What hardware does some time between a request and the wait for it is done here
 // either at once or when nobody else can go on: copies in are early or late arrivals, products and copies out early or late
 // readers.  A kernel that reads what has not arrived is wrong with late arrivals, one that overwrites or releases what is
-// still read with early arrivals and late readers; these are threads, too, that others' barriers have waited for.  Threads
-// run in an order drawn from a seed.  Shared memory and registers hold NaN until written; what a thread stores to shared
-// memory is seen by copies and products only after its async_fence.  A block in which nobody can go on is told as a
-// deadlock, with what each warp waits for.
+// still read with early arrivals and late readers: a thread that has arrived at a barrier, too, goes on after the others.
+// Threads run in an order drawn from a seed.  Shared memory and registers hold NaN until written; what a thread stores to
+// shared memory is seen by copies and products only after its async_fence.  A block in which nobody can go on is told as
+// a deadlock, with what each warp waits for.
 //
 // Layouts follow the PTX ISA (wgmma: register fragments, matrix descriptors, swizzles of 128, 64 and 32 bytes; stmatrix;
 // mbarrier), so that a kernel that is right here addresses the hardware's layouts.  Not modelled: clusters, the order of
@@ -125,7 +125,7 @@ void until(const std::string &what, Ready ready) {
     block->progress = true;
 }
 
-// A thread that has let others go on does so itself after them: what it reads or writes too late is theirs by then.
+// Late readers: a thread that has let others go on does so itself after them, who may overwrite what it reads.
 inline void after_others() {
     if (!block->late_readers) return;
     block->progress = true;
