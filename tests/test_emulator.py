@@ -61,7 +61,9 @@ DEFECTS = {
         CU, f"{S_WAIT}{NL}{IN_SOFTMAX}{NL}{K_FREE}", f"{Q_FREE}{NL}{S_WAIT}{NL}K.release(), K.next();", None,
     ),
     "O seen by nobody": (ROWS, "async_fence();", "", None),
-    "a tile asked for before its stage is free": (PRODUCERS, "ring.acquire(), ask_V(ring, s, map, w, j)", "ask_V(ring, s, map, w, j)", None),
+    "a tile asked for before its stage is free": (
+        PRODUCERS, "ring.acquire(), ask_V(ring, s, map,", "ask_V(ring, s, map,", None,
+    ),
     "Q of the next rows too early": (PRODUCERS, "        ring.acquire();\n        ask(", "        ask(", None),
     "Q's phase forgotten": (CU, "j == w.first) Q.release(), Q.next();", "j == w.first) Q.release();", None),
     "a turn that is never passed": (CU, f"weigh();{NL}turn.pass();", "weigh();", "named barrier"),
@@ -90,7 +92,9 @@ DEFECTS = {
     "loader: a stage of before": (RING, "ring.parity ^= 1;", "", None),
     "loader: another block of K": (CU, "load.K(K.again(), w, j - STAGES)", "load.K(K.again(), w, j - 1)", None),
     "loader: a block of V too few": (PRODUCERS, "V(V_ring, w, w.end - n), V_ring", "V_ring", "nobody can go on"),
-    "loader: blocks past the last": (PRODUCERS, "&& j >= w.first) ring.acquire(), ask_K", ") ring.acquire(), ask_K", None),
+    "loader: blocks past the last": (
+        PRODUCERS, "&& j >= w.first) ring.acquire(), ask_K", ") ring.acquire(), ask_K", None,
+    ),
     "loader: V of the next rows before O has left": (PRODUCERS, "if (!O_APART && asks()) copies_out_read();", "", None),
     "loader: O never leaves": (CU, "load.send_O(done), ", "", None),
     "loader: K of no row block": (PRODUCERS, "if (w.end < 0) return;", "", None),

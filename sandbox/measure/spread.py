@@ -83,8 +83,8 @@ def spread(
 ) -> list[Case]:
     """The cases, in order; dtype and tile, where given, are every case's.
 
-    A dtype that the variant has not becomes its first; what it cannot do at all is left out.  Raises Infeasible where no
-    tile fits.
+    A dtype that the variant has not becomes its first; what it cannot do is left out.  Raises Infeasible where no tile
+    fits.
     """
     if variant.direction == "softmax":
         found = [replace(case, problem=_in(case.problem, variant, dtype)) for case in _rows(quick)]
