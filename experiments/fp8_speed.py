@@ -270,7 +270,7 @@ def on_dim(rows: list[dict], d: int) -> list[str]:
         last = [row for row in passes if row["N"] == N]
         shares = " and ".join(f"{row['share']:.1%} {mask(row)}" for row in last)
         lines.append(
-            f"d={d}: quantization takes {shares} of that at N={N}, {milliseconds(last[0])}, at "
+            f"d={d}: quantization takes {shares} of the time from bf16 at N={N}, {milliseconds(last[0])}, at "
             f"{last[0]['gigabytes_per_second']:,.0f} GB/s of what is read and written once."
         )
     change = [
