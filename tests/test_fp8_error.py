@@ -24,6 +24,7 @@ from experiments.fp8_error import (
     Point,
 )
 from sandbox import emulator, picture, quantize, target
+from sandbox.device.hopper import HopperLaunch
 from sandbox.variant import HOPPER, SIMULATOR
 
 SMALL = ["--seqlen", "96", "--swept-seqlen", "64", "--head-dim", "64", "--seeds", "1"]
@@ -145,6 +146,18 @@ def test_the_kernel_on_heads_of_32():
     )
     row = fp8_error.measure_kernel(point)
     assert row["gate"] == "passed" and row["kernel_rmse"] == pytest.approx(row["kernel_emulated_rmse"], rel=0.03)
+
+
+def test_its_kernels_are_compiled_at_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(HopperLaunch, "binary", lambda launch: made.append(launch.defines))
+    fp8_error.compiled.__wrapped__(128, HOPPER)
+    monkeypatch.setattr(fp8_error, "compiled", lambda *_: None)
+    wanted = set()
+    for point in fp8_error.plan(HOPPER, ("strength",), 8192, 2048, 128, 1):
+        if point.d == 128:
+            wanted.add((point.scales == "block", point.causal, fp8_error.kernel(point, HOPPER)[2].Bc))
+    assert {(bool(of["BLOCKED"]), bool(of["BANDED"]), of["TILE_BC"]) for of in made} == wanted and len(made) == 4
 
 
 def test_which_points_the_kernel_computes():

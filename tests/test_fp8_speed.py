@@ -12,6 +12,7 @@ from experiments.__main__ import main
 from experiments.claims import defaults
 from experiments.fp8_speed import CUDNN, FROM_BF16, HEADS, KERNEL, OURS, PASS, PROVIDERS, V3
 from sandbox import emulator, target
+from sandbox.device.hopper import HopperLaunch
 from sandbox.measure import gate, rivals, timing
 from sandbox.variant import HOPPER, SIMULATOR, Unsupported
 
@@ -139,6 +140,22 @@ def test_what_failed_is_not_timed(on_a_gpu):
     assert (found[V3]["gate"], found[V3]["seconds"]) == ("failed: O is off", None)
     assert found[CUDNN]["infeasible"] == "torch:cudnn: not here" and found[CUDNN]["gate"] is None
     assert found[KERNEL]["seconds"] == 2e-3 and found[KERNEL]["over_v3"] is found[KERNEL]["over_cudnn"] is None
+
+
+def test_every_kernel_is_compiled_before_the_first_is_timed(monkeypatch):
+    made = []
+    monkeypatch.setattr(fp8_speed, "binary", lambda *kernel: made.append(kernel))
+    fp8_speed.compiled.__wrapped__(128, HOPPER)
+    wanted = {(OURS[p.provider], p.problem.kind, p.tile, HOPPER) for p in points() if p.provider in OURS}
+    assert set(made) == wanted and len(made) == len(wanted)
+
+
+def test_a_binary_is_that_of_the_launch(monkeypatch):
+    monkeypatch.setattr(HopperLaunch, "binary", lambda launch: (launch.name, launch.defines["SCORED"]))
+    for name, variant in OURS.items():
+        point = next(point for point in points() if point.provider == name)
+        kernel = "fwd_v3" if name == V3 else "fwd_v3_fp8"
+        assert fp8_speed.binary(variant, point.problem.kind, point.tile, HOPPER) == (kernel, 0)
 
 
 def test_the_same_numbers_at_every_N(monkeypatch):
