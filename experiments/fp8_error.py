@@ -10,6 +10,10 @@ Four parts:
     factors     from FlashAttention-3 in FP8 one thing changed: scales, P's scale, how sums are kept
     sources     one operand rounded to e4m3, the others exact
 
+Where the kernel runs, on a Hopper GPU or, for a few keys, on the emulator of one, it is measured on the same draws,
+with the scales and the rotation of the point.  But a tile's keys share a scale in it, and its tile is its own: so it
+stands beside another emulation, of just these blocks and this tile.
+
 e4m3 is a floating format: a scale moves its range and nothing else, so that block scales have something to give only
 where the numbers of a tensor span more than its 15 binades.
 """
@@ -18,15 +22,18 @@ from __future__ import annotations
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import click
 import torch
 
-from sandbox import algorithms_fp8, picture, quantize, reference, target
+from sandbox import algorithms_fp8, emulator, picture, quantize, reference, target
+from sandbox.kernels import fwd_v3_fp8
 from sandbox.mask import Mask
+from sandbox.measure import gate
 from sandbox.problem import Problem
-from sandbox.variant import Device
+from sandbox.variant import Device, Tile, Unsupported, Variant
 
 from . import common, inputs
 from .common import Experiment
@@ -48,7 +55,13 @@ STRENGTHS = {
 SWEPT = (NEITHER, NO_BLOCKS, NO_ROTATION, V3_FP8)
 SECONDS_PER_SCORE = 1.6e-8  # measured at d=128
 HELPS = 1.1  # times less error, or it does not show
-MEASURED = ("rmse", "rmse_least", "rmse_most", "row_error", "O_rms", "kernel_rmse", "gate", "seconds")
+KERNELS = {  # by scales, and whether Q and K are rotated
+    (scales, incoherent): fwd_v3_fp8.turned(scales=scales, incoherent=incoherent)
+    for scales in quantize.SCALES for incoherent in (True, False)
+}  # fmt: skip
+EMULATED_KEYS = 48  # up to which the kernel is run where there is no GPU
+OF_KERNEL = ("kernel_tile", "kernel_rmse", "kernel_emulated_rmse", "kernel_over", "gate", "error_ratio")
+MEASURED = ("rmse", "rmse_least", "rmse_most", "row_error", "O_rms", *OF_KERNEL, "seconds")
 
 # ---- the points -----------------------------------------------------------------------------------------------------
 
@@ -196,8 +209,9 @@ def measure(point: Point) -> dict:
         rmse.append(_rms(error))
         row_error.append(_rms(error.norm(dim=-1) / O_star.norm(dim=-1)))
         size.append(_rms(O_star))
-    means = {name: sum(x) / len(x) for name, x in (("rmse", rmse), ("row_error", row_error), ("O_rms", size))}
-    return dict.fromkeys(MEASURED) | means | {"rmse_least": min(rmse), "rmse_most": max(rmse)}
+    means = {name: mean(x) for name, x in (("rmse", rmse), ("row_error", row_error), ("O_rms", size))}
+    row = dict.fromkeys(MEASURED) | means | {"rmse_least": min(rmse), "rmse_most": max(rmse)}
+    return row | measure_kernel(point)
 
 
 def emulate(point: Point, q, k, v):
@@ -212,13 +226,74 @@ def emulate(point: Point, q, k, v):
         x = quantize.quantize(q, k, v, scales=point.scales, incoherent=point.incoherent)
         return algorithms_fp8.standard_attention(*quantize.dequantize(x), mask=mask)
     d = q.shape[-1]
-    q, k, v = (torch.nn.functional.pad(x, (0, max(0, quantize.HADAMARD[0] - d))) for x in (q, k, v))
-    x = quantized(point, q, k, v)
+    x = quantized(point, *padded(q, k, v))
     O, _ = algorithms_fp8.flash_attention_3_fp8(
         x, Bc=point.Bc, mask=mask, scale=scale, exponent=point.exponent, accumulate=point.accumulate,
         P_dtype="e4m3" if "P" in point.rounds else "fp32",
     )  # fmt: skip
     return O[..., :d]
+
+
+def measure_kernel(point: Point) -> dict:
+    """RMSE of fwd_v3_fp8 on the same draws, and of its emulation with the kernel's own blocks and tile: their means,
+    and how many times larger the former is, at most of all draws.  The gate is that of the first draw."""
+    device = target.device()
+    variant, problem, tile = kernel(point, device)
+    if variant is None:
+        return {}
+    launcher = variant.launcher(problem, tile, device)
+    ours, emulated, row = [], [], {"kernel_tile": str(tile)}
+    for seed in range(point.seeds):
+        q, k, v, O_star = case(point.input, point.strength, point.N, point.d, point.causal, seed)
+        q, k, v = padded(q, k, v)
+        if seed == 0:
+            verdict = gate.check(variant, problem, tile, gate.Inputs(q, k, v), device)
+            row["gate"] = "passed" if verdict.passed else f"failed: {verdict.why}"
+            row["error_ratio"] = common._finite(verdict.ratio)
+        x, O = launcher.quantize(q, k, v), gate.poisoned(q)
+        launcher.attend(problem, x, O, O.new_empty(problem.B, problem.H, problem.N_q, dtype=torch.float32))
+        options = {"Bc": tile.Bc, "lazy": tile.Br, "mask": problem.mask, "scale": problem.scale}
+        E, _ = algorithms_fp8.flash_attention_3_fp8(x, **options)
+        for errors, found in ((ours, O), (emulated, E)):
+            errors.append(_rms(found[..., : point.d].to(q.dtype).double() - O_star))
+    if not all(map(math.isfinite, ours)):
+        return row
+    over = max(a / b for a, b in zip(ours, emulated))
+    return row | {"kernel_rmse": mean(ours), "kernel_emulated_rmse": mean(emulated), "kernel_over": over}
+
+
+def kernel(point: Point, device: Device) -> tuple[Variant | None, Problem | None, Tile | None]:
+    """What computes the point, but for its tile: the kernel, the problem, the tile.  Three None where nothing does."""
+    blocks = (quantize.Q_BLOCK, quantize.KV_BLOCK) if point.scales == "block" else (None, None)
+    same = (point.rounds, point.exponent, point.accumulate) == ("QKVP", 8, "fp32")
+    here = not device.simulated or point.N <= EMULATED_KEYS and emulator.compiler() is not None
+    if not same or not here or (point.q_block, point.kv_block) != blocks:
+        return None, None, None
+    d, variant = max(point.d, quantize.HADAMARD[0]), KERNELS[point.scales, point.incoherent]
+    sizes = (1, point.heads, point.heads, point.N, point.N, d)
+    problem = Problem(*sizes, "fp16", scale=point.d**-0.5, mask=Mask(point.causal))
+    try:
+        tile = variant.usual(problem, device)
+    except Unsupported:  # no Hopper
+        return None, None, None
+    if not device.simulated:
+        compiled(d, device)
+    return variant, problem, tile
+
+
+@functools.cache
+def compiled(d: int, device: Device) -> None:
+    """The kernels that this d takes, on every core of the machine at once."""
+    problems = [Problem(1, 1, 1, 1, 1, d, "fp16", mask=Mask(causal)) for causal in (False, True)]
+    wanted = [(KERNELS[scales, True], problem) for scales in ("block", "head") for problem in problems]
+    made = [variant.launcher(problem, variant.usual(problem, device), device) for variant, problem in wanted]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda launcher: launcher.plain.binary(), made))
+
+
+def padded(q, k, v):
+    """With zeros up to the least head dimension that can be rotated, which changes no score."""
+    return tuple(torch.nn.functional.pad(x, (0, max(0, quantize.HADAMARD[0] - x.shape[-1]))) for x in (q, k, v))
 
 
 def quantized(point: Point, q, k, v) -> quantize.Quantized:
@@ -233,6 +308,10 @@ def quantized(point: Point, q, k, v) -> quantize.Quantized:
         scale = torch.ones_like(getattr(x, f"{name}_scale"))
         x = replace(x, **{name: exact[name], f"{name}_scale": scale})
     return x
+
+
+def mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
 
 
 def _rms(x) -> float:
@@ -274,7 +353,7 @@ def begins(gain: dict[float, float]) -> float | None:
 
 def answer(rows: list[dict]) -> str:
     lines = [*on_table3(rows), *on_blocks(rows), *on_rotation(rows), *on_real(rows), *on_factors(rows)]
-    lines += on_sources(rows)
+    lines += [*on_sources(rows), *on_kernel(rows)]
     text = "\n".join(["What does FP8 cost in accuracy?", *(f"  {line}" for line in lines)])
     text += "\n\nWhat this run says about the article's claims:\n"
     return text + "\n".join(f"  {number}. {verdict}: {why}" for number, verdict, why in claims(rows))
@@ -363,6 +442,22 @@ def on_sources(rows: list[dict]) -> list[str]:
     return lines
 
 
+def on_kernel(rows: list[dict]) -> list[str]:
+    """The kernel beside the emulation of its own blocks and tile."""
+    found = [row for row in rows if row["kernel_rmse"]]
+    if not found:
+        return []
+    change = {row["kernel_rmse"] / row["kernel_emulated_rmse"] - 1: row for row in found}
+    furthest, most = max(change, key=abs), max(row["kernel_over"] for row in found)
+    where = f"{change[furthest]['variant']}, {change[furthest]['input']}"
+    failed = sum(row["gate"] != "passed" for row in found)
+    return [
+        f"The RMSE of the kernel, fwd_v3_fp8, differs from that of its emulation, with the same blocks and tile, by "
+        f"{furthest:+.1%} at most ({where}; {len(found)} points); in a single draw it is up to {most:.3f} times as "
+        f"large.  {failed or 'None'} of them {'fails' if failed < 2 else 'fail'} the gate."
+    ]
+
+
 def claims(rows: list[dict]) -> list[tuple[int, str, str]]:
     """(number in the list of claims, verdict, why), from the numbers of these rows."""
     return [claim_16(rows)]
@@ -377,6 +472,8 @@ def claim_16(rows: list[dict]):
     both = [table3[name]["rmse"] / ours for name in (NO_BLOCKS, NO_ROTATION)]
     why = f"RMSE {base:.1e} → {ours:.1e}, {base / ours:.2f} ×; emulated, on the paper's distribution; without block "
     why += f"scales {both[0]:.2f} times the error, without incoherent processing {both[1]:.2f} times"
+    if table3[V3_FP8]["kernel_rmse"]:
+        why += f"; the kernel itself, with its tile, has {table3[V3_FP8]['kernel_rmse']:.1e}"
     if (gain := gains(rows, BLOCKS, True, NO_BLOCKS)) and (start := begins(gain)) is not None:
         why += f"; block scales help where sizes along the sequence are {power(start)} apart"
     if ours > 1.15 * PAPER[V3_FP8] or base / ours < 2.3:
@@ -404,13 +501,18 @@ def table(rows: list[dict]) -> str:
     error = ("RMSE", lambda row: f"{row['rmse']:.2e}")
     spread = ("least to most", lambda row: f"{row['rmse_least']:.1e} .. {row['rmse_most']:.1e}")
     by_row = ("row-relative", lambda row: f"{row['row_error']:.2e}")
-    kernel = ("kernel", lambda row: row["kernel_rmse"] and f"{row['kernel_rmse']:.2e}")
+    kernel = (
+        ("tile", lambda row: row["kernel_rmse"] and row["kernel_tile"]),
+        ("the kernel", lambda row: row["kernel_rmse"] and f"{row['kernel_rmse']:.2e}"),
+        ("emulated\nwith its tile", lambda row: row["kernel_rmse"] and f"{row['kernel_emulated_rmse']:.2e}"),
+        ("gate", lambda row: row["gate"]),
+    )
     rotation = ("rotated", lambda row: "yes" if row["incoherent"] else "no")
     name = lambda of: (of, lambda row: row["variant"])  # noqa: E731
     paper = ("the paper", lambda row: f"{PAPER[row['variant']]:.1e}")
     beside = {
-        "table3": (name("Table 3"), ("N", lambda row: row["N"]), error, spread, paper, by_row, kernel),
-        "factors": (name("one thing changed"), error, spread, by_row, kernel),
+        "table3": (name("Table 3"), ("N", lambda row: row["N"]), error, spread, paper, by_row, *kernel),
+        "factors": (name("one thing changed"), error, spread, by_row, *kernel),
         "sources": (name("rounded"), rotation, error, by_row),
     }
     groups = {part: [row for row in rows if row["part"] == part] for part in beside}

@@ -173,10 +173,11 @@ def claim_5(evidence: Evidence):
 
 
 def speeds(rows: list[dict], who: str) -> dict[tuple, float]:
-    """(run, problem) -> TFLOP/s of the fastest such provider, forward, in half precision."""
+    """(run, problem) -> TFLOP/s of the fastest such provider, forward, in half precision; what quantizes is not."""
     found: dict[tuple, float] = {}
     for row in rows:
-        if row["provider"].startswith(who) and row["direction"] == "fwd" and row["dtype"] in ("fp16", "bf16"):
+        half = row["dtype"] in ("fp16", "bf16") and not row.get("scales")
+        if row["provider"].startswith(who) and row["direction"] == "fwd" and half:
             key = tuple(row[name] for name in ("run", "dtype", "B", "H", "N_q", "N_k", "d", "causal"))
             found[key] = max(found.get(key, 0), row["tflops"] or 0)
     return {key: tflops for key, tflops in found.items() if tflops}

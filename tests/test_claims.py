@@ -372,3 +372,5 @@ def test_v3_over_v2(v3, verdict):
     assert f"up to {v3} TFLOP/s" in bench(14, *rows)["ours"]
     assert bench(14, rows[0], bench_row("sandbox:fwd_v3", v3, run="b"))["verdict"] == UNTESTED
     assert bench(14, rows[0])["verdict"] == UNTESTED
+    fp8 = bench_row("sandbox:fwd_v3_fp8", 1200, dtype="bf16") | {"scales": "block"}  # quantizes what it is given
+    assert bench(14, *rows, fp8)["ours"] == bench(14, *rows)["ours"]

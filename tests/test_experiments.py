@@ -48,7 +48,7 @@ def test_list_names_every_experiment(capsys):
     "words, told",
     [
         (["loop_ordr"], "did you mean loop_order?"),
-        (["q_x"], "fp32_sdpa, fp8_error, loop_order"),
+        (["q_x"], "fp32_sdpa, fp8_error, fp8_speed, loop_order"),
         ([], "name an experiment"),
         (["loop_order", "--br", "0"], "--br"),
         (["loop_order", "--seqlen", "12,many"], "12,many"),
