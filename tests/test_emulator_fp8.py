@@ -261,7 +261,7 @@ def test_numbers_of_sixteen_bits_round_as_torchs(dtype, monkeypatch):
         ("if (Transposed) {\n        __syncthreads();", "if (Transposed) {"),
         ("of_warp[threadIdx.x / 32] = most;\n    __syncthreads();", "of_warp[threadIdx.x / 32] = most;"),
         ("at[8 * (d + 8)] << 16", "at[4 * (d + 8)] << 16"),
-        ("theirs - x[e]", "x[e] - theirs"),
+        ("lane & other ? -1.f : 1.f", "lane & other ? 1.f : -1.f"),
         ("most * (1.f / 448.f)", "most * (1.f / 449.f)"),
     ],
 )  # fmt: skip

@@ -147,6 +147,7 @@ struct Consumer : Rows {
 
     // S_j is there, so that the next K may come; if it was the last one, the next Q, too.
     DEVICE void release_K(int j) {
+        if (BLOCKED) __syncwarp(~0u);  // all lanes have read what lies beside K
         K.release(), K.next();
         if (HELD < d / 32 && j == w.first) Q.release(), Q.next();
     }

@@ -52,20 +52,22 @@ struct Piece {
     // x diag(±1) Hadamard / √d: butterflies between neighbours first, then between pairs, up to halves
     DEVICE void rotate(const u32 *flip) {
 #pragma unroll
-        for (int s = 0; s < 4; ++s)
+        for (int s = 0; s < 4; ++s) {
+            const int c = column(s, lane);
+            const u32 bits = flip[c / 32] >> c % 32;
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-                const int c = column(s, lane) + e;
-                if (flip[c / 32] >> c % 32 & 1) x[8 * s + e] = -x[8 * s + e];
+                float &y = x[8 * s + e];
+                y = __builtin_bit_cast(float, __builtin_bit_cast(u32, y) ^ (bits << (31 - e) & 0x80000000));
             }
+        }
         butterflies<1>(), butterflies<2>(), butterflies<4>();
 #pragma unroll
-        for (int other = 1; other < LANES; other *= 2)
+        for (int other = 1; other < LANES; other *= 2) {
+            const float mine = lane & other ? -1.f : 1.f;
 #pragma unroll
-            for (int e = 0; e < 32; ++e) {
-                const float theirs = __shfl_xor_sync(~0u, x[e], other);
-                x[e] = lane & other ? theirs - x[e] : x[e] + theirs;
-            }
+            for (int e = 0; e < 32; ++e) x[e] = mine * x[e] + __shfl_xor_sync(~0u, x[e], other);
+        }
         butterflies<8>(), butterflies<16>();
 #pragma unroll
         for (int e = 0; e < 32; ++e) x[e] *= d == 64 ? 0.125f : d == 256 ? 0.0625f : 0.08838834764831845f;
@@ -89,11 +91,11 @@ struct Piece {
         return most;
     }
 
-    // Eight numbers in e4m3; what is not finite becomes NaN.
+    // Eight numbers in e4m3; what is not finite becomes NaN, as x - x does, which else is 0.
     DEVICE void scaled(int s, float inverse, u32 (&eight)[2]) const {
         float y[8];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) y[e] = finite(x[8 * s + e]) ? x[8 * s + e] * inverse : x[8 * s + e] - x[8 * s + e];
+        for (int e = 0; e < 8; ++e) y[e] = x[8 * s + e] * inverse - (x[8 * s + e] - x[8 * s + e]);
         eight[0] = pack_e4m3(y[0], y[1], y[2], y[3]), eight[1] = pack_e4m3(y[4], y[5], y[6], y[7]);
     }
 };
@@ -112,18 +114,21 @@ DEVICE float scale_of(float most, float *of_warp, int row) {
 
 DEVICE int pad(int N) { return (N + 15) / 16 * 16; }
 
-// Of a tile of V [ROWS, d] to Vᵀ: 16 keys of a column at a time, key 8a + 2q + b in slot 4q + 2a + b.
+// Of a tile of V [ROWS, d] to Vᵀ: 32 keys of a column at a time, key 8a + 2q + b of 16 in slot 4q + 2a + b.
 DEVICE void transpose(const unsigned char *sV, unsigned char *to, int i0, int N) {
-    for (int n = threadIdx.x; n < ROWS / 16 * d; n += THREADS) {
-        const int c = n % d, j0 = n / d * 16;
-        if (i0 + j0 >= N) return;
-        u32 slots[4];
+    for (int n = threadIdx.x; n < ROWS / 32 * d; n += THREADS) {
+        const int c = n % d;
 #pragma unroll
-        for (int q = 0; q < 4; ++q) {
-            const unsigned char *at = sV + (j0 + 2 * q) * (d + 8) + c;
-            slots[q] = at[0] | at[d + 8] << 8 | at[8 * (d + 8)] << 16 | at[9 * (d + 8)] << 24;
+        for (int j0 = n / d * 32, end = j0 + 32; j0 < end; j0 += 16) {
+            if (i0 + j0 >= N) return;
+            u32 slots[4];
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+                const unsigned char *at = sV + (j0 + 2 * q) * (d + 8) + c;
+                slots[q] = at[0] | at[d + 8] << 8 | at[8 * (d + 8)] << 16 | at[9 * (d + 8)] << 24;
+            }
+            store_16_bytes(to + static_cast<long long>(c) * pad(N) + i0 + j0, slots);
         }
-        store_16_bytes(to + static_cast<long long>(c) * pad(N) + i0 + j0, slots);
     }
 }
 
@@ -136,14 +141,14 @@ DEVICE void take(const Side &side, const u32 *flip, int index, float *of_warp, u
     piece.read(side, b, h, i);
     if (Rotated) piece.rotate(flip);
     float *scales = side.scale + static_cast<long long>(bh) * side.blocks;
-    float scale;
+    float most = piece.amax(), scale;
     if (STEP == AMAX) {
-        const float most = largest(piece.amax());
+        most = largest(most);
         if (threadIdx.x % 32 == 0) raise(scales, most);
         return;
     }
     if (STEP == BLOCKS) {
-        scale = scale_of<Block>(piece.amax(), of_warp, piece.row);
+        scale = scale_of<Block>(most, of_warp, piece.row);
         if (piece.row % Block == 0 && piece.lane == 0 && i < side.N) scales[i / Block] = scale;
     } else {
         scale = scales[0];
