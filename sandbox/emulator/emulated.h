@@ -3,9 +3,10 @@
 // Every thread of a block is a fiber.  What hardware does some time between a request and the wait for it is done here
 // either at once or when nobody else can go on: copies in are early or late arrivals, products and copies out early or late
 // readers.  A kernel that reads what has not arrived is wrong with late arrivals, one that overwrites or releases what is
-// still read with early arrivals and late readers.  Threads run in an order drawn from a seed.  Shared memory and
-// registers hold NaN until written; what a thread stores to shared memory is seen by copies and products only after its
-// async_fence.  A block in which nobody can go on is told as a deadlock, with what each warp waits for.
+// still read with early arrivals and late readers: a thread that has arrived at a barrier, too, goes on after the others.
+// Threads run in an order drawn from a seed.  Shared memory and registers hold NaN until written; what a thread stores to
+// shared memory is seen by copies and products only after its async_fence.  A block in which nobody can go on is told as
+// a deadlock, with what each warp waits for.
 //
 // Layouts follow the PTX ISA (wgmma: register fragments, matrix descriptors, swizzles of 128, 64 and 32 bytes; stmatrix;
 // mbarrier), so that a kernel that is right here addresses the hardware's layouts.  Not modelled: clusters, the order of
@@ -122,6 +123,13 @@ void until(const std::string &what, Ready ready) {
     }
     me->waits.clear();
     block->progress = true;
+}
+
+// Late readers: a thread that has let others go on does so itself after them, who may overwrite what it reads.
+inline void after_others() {
+    if (!block->late_readers) return;
+    block->progress = true;
+    swapcontext(&block->current->context, &block->hub);
 }
 
 // Whether what was asked for happens now: at once, or late, when nobody else can go on.
@@ -384,7 +392,7 @@ inline void barrier_init(u32 barrier, u32 arrivals) {
     emulated::block->barriers[barrier] = {long(arrivals), long(arrivals), 0, 0};
 }
 inline void barrier_init_fence() {}
-inline void barrier_arrive(u32 barrier) { emulated::arrive(barrier, 1, 0); }
+inline void barrier_arrive(u32 barrier) { emulated::arrive(barrier, 1, 0), emulated::after_others(); }
 inline void barrier_expect(u32 barrier, u32 bytes) { emulated::arrive(barrier, 1, bytes); }
 
 inline void barrier_wait(u32 barrier, u32 parity) {
@@ -439,7 +447,7 @@ inline void copy_in(u32 tile, const TensorMap &map, u32 barrier, int column, int
         emulated::arrive(barrier, 0, -long(map.box[0] * map.box[1] * map.element));
     };
     if (emulated::block->late_arrivals) emulated::block->copies[barrier].push_back(copy);
-    else copy();
+    else copy(), emulated::after_others();
 }
 
 inline void copy_out(const TensorMap &map, u32 tile, int column, int row, int head, int batch) {
@@ -492,9 +500,11 @@ inline void settled(float &) {}
 template <int Size>
 void settled(float (&)[Size]) {}
 
-inline void products_begin() {}
+// These wait for all lanes of the warp, as their .sync says.
+inline void products_begin() { emulated::meet(emulated::warp(), 32); }
 
 inline void products_commit() {
+    emulated::meet(emulated::warp(), 32);
     auto &t = *emulated::block->current;
     t.batches.push_back(std::move(t.batch));
     t.batch.clear();
@@ -503,10 +513,11 @@ inline void products_commit() {
 
 template <int Pending, int Size>
 void products_wait(float (&)[Size]) {
+    emulated::meet(emulated::warp(), 32);
     emulated::products_until(Pending);
 }
 
-inline float load(const float *from) { return *from; }
+inline float load(const float *from) { return *static_cast<const volatile float *>(from); }  // even if nobody uses it
 
 inline void store(float *to, float x) { *to = x, ++emulated::stored; }
 
