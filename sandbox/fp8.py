@@ -17,7 +17,18 @@ from . import catalog, target
 from .autograd import check_place, on, refuse_if_slow, tile_of
 from .mask import Mask
 from .problem import NAMES, Problem
-from .quantize import E4M3, HADAMARD, KV_BLOCK, Q_BLOCK, Quantized, check, check_inputs, quantize, transpose_keys
+from .quantize import (
+    E4M3,
+    HADAMARD,
+    KV_BLOCK,
+    Q_BLOCK,
+    Quantized,
+    check,
+    check_inputs,
+    check_values,
+    quantize,
+    transpose_keys,
+)
 from .variant import HOPPER, Variant
 
 KERNEL = "fwd_v3_fp8"
@@ -34,7 +45,7 @@ def attention_fp8(
     tile     (Br, Bc), where Bc = x.kv_block if x has scales of blocks; chosen unless given
     The others are those of attention(); scale, 1/√head_dim unless given, must be above 0.
 
-    Returns O [B, N_q, H, d]; with return_lse also LSE (B, H, N_q), float32, of the scores without a factor for e4m3.
+    Returns O [B, N_q, H, d]; with return_lse also LSE (B, H, N_q), float32, natural log.
     What is NaN in x becomes NaN in every row that sees it.
 
     Raises ValueError or TypeError, naming the argument, before anything is launched.  That the scales are finite and
@@ -42,14 +53,13 @@ def attention_fp8(
     """
     if not isinstance(x, Quantized):
         raise TypeError(f"x is {type(x).__name__}: expected a Quantized, e4m3 and its scales, as quantize_fp8 makes it")
-    on_gpu = isinstance(x.q, torch.Tensor) and x.q.is_cuda
-    check(x, values=not (on_gpu and torch.cuda.is_current_stream_capturing()))
+    device = target.device()
+    check(x, values=False)
+    check_place(x.q, device)
     if dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"dtype={dtype}: expected torch.float16 or torch.bfloat16, for O")
     (B, N_q, H, d), (N_k, H_kv) = x.q.shape, x.k.shape[1:3]
     problem = Problem(B, H, H_kv, N_q, N_k, d, NAMES[dtype], scale, Mask(causal, align, window), softcap)
-    device = target.device()
-    check_place(x.q, device)
     for name, y in vars(x).items():
         if torch.is_grad_enabled() and isinstance(y, torch.Tensor) and y.requires_grad:
             raise ValueError(f"{name} requires gradients: {KERNEL} has no backward; expected torch.no_grad()")
@@ -57,6 +67,8 @@ def attention_fp8(
     tile = _tile_for(problem, device, x) if tile is None else tile_of(tile, problem, device, variant)
     launcher = variant.launcher(problem, tile, device)
     launcher.check(x)
+    if not (x.q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        check_values(x)
     if device.simulated and not force:
         refuse_if_slow(problem, "fwd", variant.pace)
     O = torch.empty(x.q.shape, dtype=dtype, device=x.q.device)

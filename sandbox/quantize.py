@@ -206,7 +206,16 @@ def check(x: Quantized, *, values=True):
             raise ValueError(f"{name} has shape {tuple(scale.shape)}: expected {shape}, by scales={x.scales!r}")
     _check_devices(x.q, **{name: getattr(x, name) for name in ("k", "v", *NAMES)})
     if values:
-        _check_values({name: getattr(x, name) for name in NAMES})
+        check_values(x)
+
+
+def check_values(x: Quantized):
+    """Raises ValueError where a scale is not finite and above 0; a GPU is waited for, once."""
+    scales = {name: getattr(x, name) for name in NAMES}
+    bad = {name: ~((scale > 0) & scale.isfinite()) for name, scale in scales.items()}
+    if torch.stack([each.any() for each in bad.values()]).any():
+        name = next(name for name, each in bad.items() if each.any())
+        raise ValueError(f"{name} holds {scales[name][bad[name]][0].item()}: expected finite numbers above 0")
 
 
 def check_inputs(q, k, v, scales, q_block, kv_block):
@@ -223,13 +232,6 @@ def check_inputs(q, k, v, scales, q_block, kv_block):
     if scales not in SCALES:
         raise ValueError(f"scales={scales!r}: expected one of {', '.join(SCALES)}")
     _check_blocks(q_block, kv_block)
-
-
-def _check_values(scales):
-    bad = {name: ~((scale > 0) & scale.isfinite()) for name, scale in scales.items()}
-    if torch.stack([each.any() for each in bad.values()]).any():  # one wait, not three
-        name = next(name for name, each in bad.items() if each.any())
-        raise ValueError(f"{name} holds {scales[name][bad[name]][0].item()}: expected finite numbers above 0")
 
 
 def _check_devices(q, **others):
