@@ -203,7 +203,9 @@ def test_what_raises_is_refused_and_the_others_are_measured(clock, device, tmp_p
 
 @simulated
 def test_a_kernel_that_takes_the_gpu_down_ends_the_run(clock, monkeypatch):
-    monkeypatch.setattr(gate, "check", lambda *what: (_ for _ in ()).throw(RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")))
+    monkeypatch.setattr(
+        gate, "check", lambda *what, **how: (_ for _ in ()).throw(RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS"))
+    )
     with pytest.raises(ValueError, match="ILLEGAL_ADDRESS; the GPU runs nothing more"):
         bench.measure(*points("sandbox:fwd_v2"), HOPPER)
 

@@ -31,7 +31,7 @@ PROBLEM = Problem(1, 1, 1, 200, 260, 64, "fp16", mask=Mask(causal=True))
 TILE = Tile(128, 64)
 
 CU, RING, PRODUCTS, SOFTMAX = "fwd_v3.cu", "pipeline.cuh", "wgmma.cuh", "softmax.cuh"
-SCHEDULER, PRODUCERS = "scheduler.cuh", "producers.cuh"
+SCHEDULER, PRODUCERS, ROWS = "scheduler.cuh", "producers.cuh", "rows.cuh"
 S_WAIT, O_WAIT = "products_wait<OVERLAP ? 1 : 0>(rS);", "products_wait<0>(rO);"
 K_FREE, V_FREE = "release_K(j);", "release_V(j + 1);"
 IN_SOFTMAX, Q_FREE = "trace.enter(SOFTMAX);", "if (j == w.first) Q.release(), Q.next();"
@@ -51,18 +51,20 @@ DEFECTS = {
     ),
     "O leaves before it is there": (PRODUCERS, "O_here.wait(), O_here.next();", "", None),
     "O written where V is read": (
-        CU, "if (!O_APART) named_sync(FIRST_NAME + WARPGROUPS, 128 * WARPGROUPS);", "", None,
+        ROWS, "if (!O_APART) named_sync(FIRST_NAME + WARPGROUPS, 128 * WARPGROUPS);", "", None,
     ),
-    "O overwritten while it leaves": (CU, "if (O_APART && threadIdx.x % 128 == 0) copies_out_read();", "", None),
+    "O overwritten while it leaves": (ROWS, "if (O_APART && threadIdx.x % 128 == 0) copies_out_read();", "", None),
     "O never waited for": (
         CU, f"rS);{NL}if (threadIdx.x % 128 == 0) copies_out_read();\n", "rS);\n", "never waited for",
     ),
     "Q given back while it is read": (
         CU, f"{S_WAIT}{NL}{IN_SOFTMAX}{NL}{K_FREE}", f"{Q_FREE}{NL}{S_WAIT}{NL}K.release(), K.next();", None,
     ),
-    "O seen by nobody": (CU, "async_fence();", "", None),
-    "a tile asked for before its stage is free": (PRODUCERS, "ring.acquire();", "", None),
-    "Q of the next rows too early": (PRODUCERS, "ring.acquire();", "if (Size > 1) ring.acquire();", None),
+    "O seen by nobody": (ROWS, "async_fence();", "", None),
+    "a tile asked for before its stage is free": (
+        PRODUCERS, "ring.acquire(), ask_V(ring, s, map,", "ask_V(ring, s, map,", None,
+    ),
+    "Q of the next rows too early": (PRODUCERS, "        ring.acquire();\n        ask(", "        ask(", None),
     "Q's phase forgotten": (CU, "j == w.first) Q.release(), Q.next();", "j == w.first) Q.release();", None),
     "a turn that is never passed": (CU, f"weigh();{NL}turn.pass();", "weigh();", "named barrier"),
     "a stage that is never released": (CU, f"{V_FREE}{NL}take_P", f"V.next();{NL}take_P", "nobody can go on"),
@@ -73,10 +75,10 @@ DEFECTS = {
     "fewer bytes than arrive": (PRODUCERS, "announce(Bytes)", "announce(Bytes - 128)", "nobody can go on"),
     "8-row groups elsewhere": (PRODUCTS, "descriptor(panel, 16, 8 * width", "descriptor(panel, 16, 4 * width", None),
     "V's keys elsewhere": (PRODUCTS, "NEXT_ROWS = 2048 >> 4", "NEXT_ROWS = 1024 >> 4", None),
-    "O not swizzled": (CU, "(chunk % 8 ^ r % 8) * 16", "chunk % 8 * 16", None),
+    "O not swizzled": (ROWS, "(chunk % CHUNKS ^ r * Width / 128 % CHUNKS) * 16", "chunk % CHUNKS * 16", None),
     "rows and columns of S mistaken": (SOFTMAX, "e / 2 % 2", "e % 2", None),
     "alpha forgotten": (CU, "products_wait<0>(rO), scale_rows(rO, softmax.alpha);", ";", None),
-    "keys past the end": (CU, "last = shape.N_k - 1 - key", "last = shape.N_k + 99 - key", None),
+    "keys past the end": (ROWS, "last = shape.N_k - 1 - key", "last = shape.N_k + 99 - key", None),
     "a row block forgotten before all have heard": (
         SCHEDULER, "told.release(), told.next();", "told.next();", "nobody can go on",
     ),
@@ -86,11 +88,13 @@ DEFECTS = {
         CU, "        products_wait<0>(rS);\n        if (threadIdx", "        if (threadIdx", "never waited for",
     ),
     "O finished while it is computed": (CU, "products_wait<0>(rO);\n            release_V", "release_V", None),
-    "loader: a stage that others still read": (PRODUCERS, "ring.acquire();", "", None),
+    "loader: a stage that others still read": (PRODUCERS, "w.first) ring.acquire(), ask_K", "w.first) ask_K", None),
     "loader: a stage of before": (RING, "ring.parity ^= 1;", "", None),
     "loader: another block of K": (CU, "load.K(K.again(), w, j - STAGES)", "load.K(K.again(), w, j - 1)", None),
     "loader: a block of V too few": (PRODUCERS, "V(V_ring, w, w.end - n), V_ring", "V_ring", "nobody can go on"),
-    "loader: blocks past the last": (PRODUCERS, "&& j >= w.first) ask_KV(ring, s.sK", ") ask_KV(ring, s.sK", None),
+    "loader: blocks past the last": (
+        PRODUCERS, "&& j >= w.first) ring.acquire(), ask_K", ") ring.acquire(), ask_K", None,
+    ),
     "loader: V of the next rows before O has left": (PRODUCERS, "if (!O_APART && asks()) copies_out_read();", "", None),
     "loader: O never leaves": (CU, "load.send_O(done), ", "", None),
     "loader: K of no row block": (PRODUCERS, "if (w.end < 0) return;", "", None),

@@ -89,8 +89,6 @@ def fit(problem, tile, device, **turned):
         raise Unsupported("fwd_v3_fp8 has no boolean masks: fwd_v2 has them")
     if problem.d not in HADAMARD:
         raise Unsupported(f"fwd_v3_fp8 takes head_dim 64, 128 and 256, not {problem.d}: fwd_v3 takes multiples of 8")
-    if problem.scale <= 0:
-        raise Unsupported(f"fwd_v3_fp8 takes a scale above 0, not {problem.scale:g}: fwd_v3 takes any")
     if device.capability[0] != 9:
         major, minor = device.capability
         raise Unsupported(f"fwd_v3_fp8 needs a Hopper GPU (sm_90), this is sm_{major}{minor}: fwd_v2 runs here")
@@ -141,7 +139,7 @@ def tile_for(problem, device, x: Quantized) -> Tile:
 
 
 def made(problem, tile, switches: Switches, marks: int = 0):
-    """[plain, capped]: the kernels of this kind of problem.  Capped: scores go through softcap before the softmax."""
+    """[plain, scored]: the kernels of this kind of problem.  Scored: scores are scaled before the softmax."""
     on = {name.upper(): int(value) for name, value in asdict(switches).items() if name not in HOST}
     defines = {
         "HEAD_DIM": problem.d, "WARPGROUPS": tile.Br // WARPGROUP_ROWS, "TILE_BC": tile.Bc,
@@ -161,7 +159,7 @@ class Launch:
     def __init__(self, problem, tile, device, marks=None, **turned):
         self.tile, self.device, self.marks = tile, device, marks
         self.switches = replace(chosen(problem, tile, device), **turned)
-        self.plain, self.capped = made(problem, tile, self.switches, 0 if marks is None else marks.shape[2])
+        self.plain, self.scored = made(problem, tile, self.switches, 0 if marks is None else marks.shape[2])
 
     def __call__(self, problem, Q, K, V, mask, O, LSE):
         if O.numel():
@@ -187,7 +185,7 @@ class Launch:
             blocks = min(self.device.sms, blocks)
         if self.marks is not None and blocks > len(self.marks):
             raise ValueError(f"marks has room for {len(self.marks)} blocks: {blocks} are launched")
-        run = self.capped if problem.softcap > 0 else self.plain
+        run = self.scored if problem.softcap > 0 or problem.scale <= 0 else self.plain
         run(
             blocks, Panels("Q", addressable(x.q), WARPGROUP_ROWS, width(d)),
             Panels("K", addressable(x.k), tile.Bc, width(d)),

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ..choose import choose_tile
 from ..problem import Problem
-from ..variant import Device, Tile, Variant
+from ..variant import Device, Tile, Unsupported, Variant
 from .cases import ROW_INPUTS, ROW_LAYOUTS, Case, Rows, parse_problem, parse_tile
 
 QUICK_SIMULATED = [  # problem, tile, input, layout
@@ -83,7 +83,8 @@ def spread(
 ) -> list[Case]:
     """The cases, in order; dtype and tile, where given, are every case's.
 
-    A dtype that the variant has not becomes its first.  Raises Infeasible where no tile fits.
+    A dtype that the variant has not becomes its first; what it cannot do is left out.  Raises Infeasible where no tile
+    fits.
     """
     if variant.direction == "softmax":
         found = [replace(case, problem=_in(case.problem, variant, dtype)) for case in _rows(quick)]
@@ -95,7 +96,10 @@ def spread(
     found = []
     for seed, (problem, usual, input, layout) in enumerate(lines):
         problem = _in(parse_problem(problem), variant, dtype)
-        its = tile or (parse_tile(usual) if usual else tile_of(variant, problem, device))
+        try:
+            its = tile or (parse_tile(usual) if usual else tile_of(variant, problem, device))
+        except Unsupported:
+            continue
         found.append(Case(problem, its, input, layout, seed))
     return list(dict.fromkeys(found))
 

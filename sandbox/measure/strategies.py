@@ -26,7 +26,7 @@ GPU_MASKS = [(False, False, 0.0), (True, False, 0.0), (False, True, 0.0), (True,
 # The same of kernels that are made for certain tiles only; compiled everywhere.
 OWN_BUILDS = [
     (64, "fp16", Tile(192, 64)), (40, "bf16", Tile(128, 64)), (128, "bf16", Tile(128, 80)),
-    (256, "fp16", Tile(128, 64)),
+    (256, "fp16", Tile(128, 64)), (128, "fp16", Tile(192, 96)), (64, "bf16", Tile(192, 160)),
 ]  # fmt: skip
 
 
