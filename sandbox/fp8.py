@@ -43,7 +43,7 @@ def attention_fp8(
     x        a Quantized: quantize_fp8 makes it, or you do, of your own e4m3 and scales
     dtype    of O, float16 or bfloat16
     tile     (Br, Bc), where Bc = x.kv_block if x has scales of blocks; chosen unless given
-    The others are those of attention(); scale, 1/√head_dim unless given, must be above 0.
+    The others are those of attention().
 
     Returns O [B, N_q, H, d]; with return_lse also LSE (B, H, N_q), float32, natural log.
     What is NaN in x becomes NaN in every row that sees it.

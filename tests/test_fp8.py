@@ -125,11 +125,12 @@ def problem_of(x, **mask):
     return Problem(B, H, H_kv, N_q, N_k, d, "bf16", mask=Mask(**mask))
 
 
-def check(x, tile=None, **mask):
+def check(x, scale=None, softcap=0.0, **mask):
     """attention_fp8 is its emulation, within what fp8's gate allows."""
-    problem = problem_of(x, **mask)
-    tile = tile or tile_for(problem, target.device(), x)
-    outputs = sandbox.attention_fp8(x, **mask, tile=tile, return_lse=True)
+    problem = replace(problem_of(x, **mask), softcap=softcap)
+    problem = problem if scale is None else replace(problem, scale=scale)
+    tile = tile_for(problem, target.device(), x)
+    outputs = sandbox.attention_fp8(x, scale=scale, softcap=softcap, **mask, return_lse=True)
     for output, (E, allowed) in zip(outputs, gate_fp8.allowances(problem, tile, x, None).values()):
         off = (output.double() - E).abs()
         assert ((off <= allowed) | (output == E) | (output.isnan() & E.isnan())).all()
@@ -155,6 +156,14 @@ def test_the_tile_is_that_of_the_blocks(d, kv_block):
     x = sandbox.quantize_fp8(*tensors(d=d, N_k=2 * kv_block + 7), kv_block=kv_block, q_block=128)
     assert tile_for(problem_of(x), target.device(), x).Bc == kv_block
     check(x)
+
+
+@runs
+@pytest.mark.parametrize(
+    "options", [dict(window=(30, 5)), dict(softcap=2.0), dict(scale=-0.2), dict(scale=0.0)], ids=str
+)
+def test_options_arrive(options):
+    check(sandbox.quantize_fp8(*tensors()), **options)
 
 
 @runs
@@ -220,8 +229,7 @@ BAD = [
     (dict(), dict(tile=(192, 128)), ValueError, "kv_block=160: expected 128 keys, those of tile 192x128"),
     (dict(q_block=96, q_scale=GOOD.q_scale[..., :1]), {}, ValueError, "q_block=96: expected a multiple of 64 rows"),
     (dict(), dict(tile=(100, 160)), ValueError, "tile 100x160: fwd_v3_fp8 takes 128, 192 or 256 rows"),
-    (dict(), dict(scale=0.0), ValueError, "fwd_v3_fp8 takes a scale above 0, not 0"),
-    (dict(), dict(scale=-1.0), ValueError, "fwd_v3_fp8 takes a scale above 0, not -1"),
+    (dict(), dict(scale=INF), ValueError, "scale=inf: expected a finite number"),
     (dict(), dict(dtype=torch.float32), TypeError, "dtype=torch.float32: expected torch.float16 or torch.bfloat16"),
     (dict(), dict(window=3), TypeError, "window"),
     (dict(), dict(softcap=-1.0), ValueError, "softcap=-1.0"),
@@ -261,22 +269,15 @@ def test_a_head_dimension_without_hadamard():
     refused(lambda: sandbox.quantize_fp8(q, k, v), ValueError, "head_dim d=96: incoherent processing has Hadamard")
 
 
-@pytest.mark.parametrize(
-    "options, told",
-    [
-        (dict(mask=torch.ones(70, 90, dtype=torch.bool, device=WHERE)), "no boolean masks: fwd_v2 has them"),
-        (dict(scale=0.0), "takes a scale above 0, not 0: fwd_v3 takes any"),
-    ],
-)
-def test_16_bits_that_the_kernel_does_not_take(options, told):
-    refused(lambda: sandbox.attention(*tensors(), variant="fwd_v3_fp8", **options), ValueError, told)
-
-
-def test_gradients_are_refused():
+def test_what_the_kernel_does_not_do_with_16_bits():
     q, k, v = tensors()
-    told = "variant='fwd_v3_fp8' has no backward"
-    refused(lambda: sandbox.attention(q.requires_grad_(), k, v, variant="fwd_v3_fp8"), ValueError, told)
-    refused(lambda: sandbox.attention(*tensors(dtype=torch.float32), variant="fwd_v3_fp8"), ValueError, "not fp32")
+    mask = torch.ones(70, 90, dtype=torch.bool, device=WHERE)
+    for told, x, options in (
+        ("no boolean masks: fwd_v2 has them", (q, k, v), dict(mask=mask)),
+        ("not fp32: fwd_v2 takes fp32", tensors(dtype=torch.float32), {}),
+        ("variant='fwd_v3_fp8' has no backward", (q.clone().requires_grad_(), k, v), {}),
+    ):
+        refused(lambda: sandbox.attention(*x, variant="fwd_v3_fp8", **options), ValueError, told)
 
 
 def test_inputs_of_two_devices():
