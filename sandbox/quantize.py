@@ -185,7 +185,7 @@ def check(x: Quantized, *, values=True):
     (B, N_q, H, d), (N_k, H_kv) = x.q.shape, x.k.shape[1:3]
     N_pad = -(-N_k // KEYS) * KEYS
     if x.v.shape != (B, H_kv, d, N_pad):
-        hint = "; row-major V is what transpose_keys takes" if x.v.shape == x.k.shape else ""
+        hint = "; row-major V is what transpose_v takes" if x.v.shape == x.k.shape else ""
         raise ValueError(
             f"v has shape {tuple(x.v.shape)}: expected Vᵀ, (B, H_kv, d, N_pad) = {(B, H_kv, d, N_pad)}{hint}"
         )
