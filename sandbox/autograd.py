@@ -41,16 +41,14 @@ def attention(
         q, k, v, causal=causal, align=align, window=window, mask=mask, softcap=softcap, scale=scale
     )  # fmt: skip
     device = target.device()
-    if q.device.type != target.torch_device().type:
-        here = "the simulator takes CPU tensors" if device.simulated else "the GPU kernels take CUDA tensors"
-        raise ValueError(f"q is on {q.device}: {here}")
+    check_place(q, device)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if any(s < 0 for s in x.stride()):
             raise ValueError(f"{name} has strides {x.stride()}: expected none below 0")
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     deterministic = torch.are_deterministic_algorithms_enabled()
     backward = catalog.backward_of(forward, deterministic) if needs_grad else None
-    tiles = [_tile(tile, problem, device, x) for x in ([forward, backward] if needs_grad else [forward])]
+    tiles = [tile_of(tile, problem, device, x) for x in ([forward, backward] if needs_grad else [forward])]
     if device.simulated and not force:
         refuse_if_slow(problem, "fwd" if not needs_grad else "fwd+bwd", forward.pace)
     seen = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask
@@ -81,7 +79,15 @@ def _duration(seconds: float) -> str:
     )
 
 
-def _tile(tile, problem, device, variant) -> Tile:
+def check_place(q, device) -> None:
+    """Raises ValueError where kernels on this device do not take tensors that lie where q does."""
+    if q.device.type != target.torch_device().type:
+        here = "the simulator takes CPU tensors" if device.simulated else "the GPU kernels take CUDA tensors"
+        raise ValueError(f"q is on {q.device}: {here}")
+
+
+def tile_of(tile, problem, device, variant) -> Tile:
+    """The Tile that `tile`, a Tile, a pair or None, stands for.  Raises TypeError or Infeasible."""
     if tile is None:
         return choose_tile(problem, device, variant)
     if isinstance(tile, Tile):
@@ -99,7 +105,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, seen, problem, device, forward, backward, tiles):
         O = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         LSE = torch.empty(problem.B, problem.H, problem.N_q, device=q.device)
-        with _on(q.device):
+        with on(q.device):
             forward.launcher(problem, tiles[0], device)(problem, q, k, v, seen, O, LSE)
         ctx.save_for_backward(q, k, v, seen, O, LSE)
         ctx.call = problem, device, backward, tiles[-1]
@@ -111,10 +117,11 @@ class _Attention(torch.autograd.Function):
         q, k, v, seen, O, LSE = ctx.saved_tensors
         problem, device, backward, tile = ctx.call
         dQ, dK, dV = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        with _on(q.device):
+        with on(q.device):
             backward.launcher(problem, tile, device)(problem, q, k, v, seen, O, LSE, dO, dQ, dK, dV)
         return dQ, dK, dV, *[None] * 6
 
 
-def _on(device: torch.device):
+def on(device: torch.device):
+    """A context: launches go to this device."""
     return torch.cuda.device(device) if device.type == "cuda" else torch.autograd.profiler.record_function("sandbox")

@@ -112,7 +112,8 @@ def problem_of(q, k, v, *, causal=False, align="bottom_right", window=(-1, -1), 
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 4 axes (batch, seqlen, heads, head_dim)")
         if x.dtype not in NAMES:
-            raise TypeError(f"{name} has dtype {x.dtype}: expected float32, float16 or bfloat16")
+            hint = "; 8 bits need scales: attention_fp8 takes what quantize_fp8 makes" if _of_8_bits(x) else ""
+            raise TypeError(f"{name} has dtype {x.dtype}: expected float32, float16 or bfloat16{hint}")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name} has dtype {x.dtype}: expected q's, {q.dtype}")
@@ -148,6 +149,10 @@ def problem_of(q, k, v, *, causal=False, align="bottom_right", window=(-1, -1), 
         B, H, H_kv, N_q, N_k, d, NAMES[q.dtype], scale,
         Mask(causal, align, window, boolean=mask is not None), softcap,
     )  # fmt: skip
+
+
+def _of_8_bits(x) -> bool:
+    return x.dtype.itemsize == 1 and x.is_floating_point()
 
 
 def _swapped(q, k) -> str:

@@ -27,6 +27,7 @@ SCALE_MIN = 2.0**-64  # of a scale: neither its inverse overflows nor the ratio 
 Q_BLOCK, KV_BLOCK = 64, 64  # rows of Q, and keys, that share a scale
 KEYS = 16  # inside which V's keys are permuted, and to a multiple of which Vᵀ is padded
 SCALES = ("tensor", "head", "block")
+NAMES = ("q_scale", "k_scale", "v_scale")
 HADAMARD = (64, 128, 256)  # head dimensions that can be rotated
 
 
@@ -184,7 +185,7 @@ def check(x: Quantized, *, values=True):
     (B, N_q, H, d), (N_k, H_kv) = x.q.shape, x.k.shape[1:3]
     N_pad = -(-N_k // KEYS) * KEYS
     if x.v.shape != (B, H_kv, d, N_pad):
-        hint = "; row-major V is what transpose_keys takes" if x.v.shape == x.k.shape else ""
+        hint = "; row-major V is what transpose_v takes" if x.v.shape == x.k.shape else ""
         raise ValueError(
             f"v has shape {tuple(x.v.shape)}: expected Vᵀ, (B, H_kv, d, N_pad) = {(B, H_kv, d, N_pad)}{hint}"
         )
@@ -203,11 +204,18 @@ def check(x: Quantized, *, values=True):
             raise TypeError(f"{name} has dtype {scale.dtype}: expected torch.float32")
         if scale.shape != shape:
             raise ValueError(f"{name} has shape {tuple(scale.shape)}: expected {shape}, by scales={x.scales!r}")
-        if values and len(bad := scale[~((scale > 0) & scale.isfinite())]):
-            raise ValueError(f"{name} holds {bad[0].item()}: expected finite numbers above 0")
-    for name in ("k", "v", "q_scale", "k_scale", "v_scale"):
-        if getattr(x, name).device != x.q.device:
-            raise ValueError(f"{name} is on {getattr(x, name).device}: expected q's device, {x.q.device}")
+    _check_devices(x.q, **{name: getattr(x, name) for name in ("k", "v", *NAMES)})
+    if values:
+        check_values(x)
+
+
+def check_values(x: Quantized):
+    """Raises ValueError where a scale is not finite and above 0; a GPU is waited for, once."""
+    scales = {name: getattr(x, name) for name in NAMES}
+    bad = {name: ~((scale > 0) & scale.isfinite()) for name, scale in scales.items()}
+    if torch.stack([each.any() for each in bad.values()]).any():
+        name = next(name for name, each in bad.items() if each.any())
+        raise ValueError(f"{name} holds {scales[name][bad[name]][0].item()}: expected finite numbers above 0")
 
 
 def check_inputs(q, k, v, scales, q_block, kv_block):
@@ -219,10 +227,17 @@ def check_inputs(q, k, v, scales, q_block, kv_block):
             raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 4 axes (batch, seqlen, heads, head_dim)")
     if k.shape != v.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}: expected k's, {tuple(k.shape)}")
+    _check_devices(q, k=k, v=v)
     _check_heads(q, k)
     if scales not in SCALES:
         raise ValueError(f"scales={scales!r}: expected one of {', '.join(SCALES)}")
     _check_blocks(q_block, kv_block)
+
+
+def _check_devices(q, **others):
+    for name, x in others.items():
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}: expected q's device, {q.device}")
 
 
 def _check_tensor(name, x, expected):

@@ -1,7 +1,8 @@
 """quantize() in one pass on a Hopper GPU, or emulated: 16 bits are read once, e4m3 and scales written.  [floor 1]
 
 kernels/hopper/quantize.cu does bit for bit what sandbox/quantize.py, the reference, says.  Scales that more than a
-block share take a pass before, which reads too, and writes the largest number of each head.
+block share take a pass before, which reads too, and writes the largest number of each head.  A row-major V that is in
+e4m3 already is only transposed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..quantize import E4M3, HADAMARD, KEYS, KV_BLOCK, Q_BLOCK, Quantized, check
 from .hopper import HEADERS, HopperLaunch, addressable
 
 FILE = HEADERS / "quantize.cu"
-BLOCKS, AMAX, GIVEN = range(3)  # quantize.cu: Step
+BLOCKS, AMAX, GIVEN, TRANSPOSE = range(4)  # quantize.cu: Step
 NUMBERS = 32  # of a row, that a thread takes
 ROWS, MOST_THREADS = 128, 1024
 
@@ -76,6 +77,31 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
             scale.copy_(scale_of(amax))
         go(GIVEN)
     return Quantized(q8, k8, v8, *found, q_block, kv_block, scales)
+
+
+@torch.no_grad()
+def transpose_keys(v):
+    """As sandbox.quantize.transpose_keys: V [B, N, H, d] in e4m3, d = 64, 128 or 256, to Vᵀ, in one pass."""
+    (B, N, H, d), v = v.shape, addressable(v)
+    defines = {
+        "HEAD_DIM": d, "ROWS": ROWS, "Q_BLOCK": ROWS, "KV_BLOCK": ROWS, "BF16": 0, "INCOHERENT": 0, "STEP": TRANSPOSE,
+    }  # fmt: skip
+    to, scale = v.new_empty(B, H, d, -(-N // KEYS) * KEYS), v.new_empty(0, 0, 0)
+    side = _side(v, to, scale, ROWS)
+    launch = _launch(tuple(defines.items()), ROWS * d // NUMBERS, ROWS * (d + 8))
+    launch(B * H * side.tiles, Sides(V=side, heads_kv=B * H))
+    return to
+
+
+def takes(q, k, v, scales: str, q_block: int, kv_block: int) -> bool:
+    """Whether `quantize` takes these, which the reference takes."""
+    try:
+        _check_here(q, k, v)
+        if scales == "block":
+            _rows(q.shape[-1], q_block, kv_block)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _rows(d: int, q_block: int, kv_block: int) -> int:

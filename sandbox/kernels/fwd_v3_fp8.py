@@ -117,6 +117,27 @@ def usual(problem, device, scales="block", **turned) -> Tile:
     return tile
 
 
+def tile_for(problem, device, x: Quantized) -> Tile:
+    """The tile of x: its keys are those of a block, where there are blocks.  Raises ValueError where there is none."""
+    tile = usual(problem, device, "block" if x.scales == "block" else "head")
+    if x.scales != "block" or x.kv_block == tile.Bc:
+        return tile
+    fitting = {}  # keys -> tile
+    for keys in range(32, MOST_KEYS + 1, 32):
+        for rows in (192, 128, 256):
+            try:
+                fit(problem, Tile(rows, keys), device)
+            except Infeasible:
+                continue
+            fitting.setdefault(keys, Tile(rows, keys))
+    if x.kv_block not in fitting:
+        *most, last = map(str, fitting)
+        raise ValueError(
+            f"kv_block={x.kv_block}: expected {', '.join(most)} or {last} keys, fwd_v3_fp8's tiles for d={problem.d}"
+        )
+    return fitting[x.kv_block]
+
+
 def made(problem, tile, switches: Switches, marks: int = 0):
     """[plain, scored]: the kernels of this kind of problem.  Scored: scores are scaled before the softmax."""
     on = {name.upper(): int(value) for name, value in asdict(switches).items() if name not in HOST}
@@ -157,10 +178,8 @@ class Launch:
         self.check(x)
         (B, N_q, H, d), N_k = x.q.shape, problem.N_k
         shape = shape_of(problem, 2 * max(1, N_k) * d)
-        scales = Scales(
-            x.q_scale.data_ptr(), x.k_scale.data_ptr(), x.v_scale.data_ptr(), x.q_scale.shape[2], x.q_block,
-            x.k_scale.shape[2],
-        )  # fmt: skip
+        found = [scale.contiguous() for scale in (x.q_scale, x.k_scale, x.v_scale)]
+        scales = Scales(*(s.data_ptr() for s in found), x.q_scale.shape[2], x.q_block, x.k_scale.shape[2])
         blocks = B * H * -(-N_q // tile.Br)
         if switches.persistent:
             blocks = min(self.device.sms, blocks)
@@ -169,8 +188,9 @@ class Launch:
         run = self.scored if problem.softcap > 0 or problem.scale <= 0 else self.plain
         run(
             blocks, Panels("Q", addressable(x.q), WARPGROUP_ROWS, width(d)),
-            Panels("K", addressable(x.k), tile.Bc, width(d)), Panels("V", x.v.transpose(1, 2), d, width(tile.Bc)),
-            Panels("O", O, WARPGROUP_ROWS), Output("LSE", LSE), Counter(),
+            Panels("K", addressable(x.k), tile.Bc, width(d)),
+            Panels("V", addressable(x.v).transpose(1, 2), d, width(tile.Bc)), Panels("O", O, WARPGROUP_ROWS),
+            Output("LSE", LSE), Counter(),
             ctypes.c_void_p() if self.marks is None else Output("marks", self.marks), scales, shape,
         )  # fmt: skip
 
@@ -178,11 +198,10 @@ class Launch:
         blocked = self.switches.scales == "block"
         if (x.scales == "block") != blocked:
             raise ValueError(f"scales={x.scales!r}: this kernel was built for scales={self.switches.scales!r}")
-        if blocked and (x.q_block % Q_BLOCK or x.kv_block != self.tile.Bc):
-            raise ValueError(
-                f"q_block={x.q_block}, kv_block={x.kv_block}: tile {self.tile} takes blocks of Q of a multiple of "
-                f"{Q_BLOCK} rows, and of K and V of {self.tile.Bc} keys"
-            )
+        if blocked and x.q_block % Q_BLOCK:
+            raise ValueError(f"q_block={x.q_block}: expected a multiple of {Q_BLOCK} rows")
+        if blocked and x.kv_block != self.tile.Bc:
+            raise ValueError(f"kv_block={x.kv_block}: expected {self.tile.Bc} keys, those of tile {self.tile}")
 
 
 VARIANT = Variant(

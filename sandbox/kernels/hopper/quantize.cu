@@ -9,12 +9,13 @@
 //     BLOCKS   a scale for each block, from the block itself
 //     AMAX     only the largest number of each head, for a scale that more than a block share
 //     GIVEN    by the scales that are there
+//     TRANSPOSE  no scales: V, which is in e4m3, to Vᵀ
 #include "ptx.cuh"
 
 constexpr int d = HEAD_DIM, LANES = d / 32, THREADS = ROWS * LANES;  // lanes to a row
-enum Step { BLOCKS, AMAX, GIVEN };
+enum Step { BLOCKS, AMAX, GIVEN, TRANSPOSE };
 
-// [B, N, H, d] in 16 bits, any strides; e4m3, [B, N, H, d] or Vᵀ [B, H, d, N_pad]; fp32 [B, H, blocks].
+// [B, N, H, d] in 16 bits, 8 to be transposed, any strides; e4m3, [B, N, H, d] or Vᵀ [B, H, d, N_pad]; fp32 [B, H, blocks].
 struct Side {
     const void *from;
     void *to;
@@ -169,10 +170,28 @@ DEVICE void take(const Side &side, const u32 *flip, int index, float *of_warp, u
     }
 }
 
+// V in e4m3, 32 bytes a thread, to Vᵀ.
+DEVICE void turn(const Side &side, int index, unsigned char *sV) {
+    const int bh = index / side.tiles, i0 = index % side.tiles * ROWS, b = bh / side.H, h = bh % side.H;
+    const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, i = i0 + row;
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+        const int c = 16 * (s * LANES + lane);
+        u32 x[4] = {0, 0, 0, 0};
+        if (i < side.N)
+            load_16_bytes(static_cast<const char *>(side.from) + b * side.batch + i * side.row + h * side.head + c, x);
+        store_8_bytes(sV + row * (d + 8) + c, {x[0], x[1]});
+        store_8_bytes(sV + row * (d + 8) + c + 8, {x[2], x[3]});
+    }
+    __syncthreads();
+    transpose(sV, static_cast<unsigned char *>(side.to) + static_cast<long long>(bh) * d * pad(side.N), i0, side.N);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) quantize(const __grid_constant__ Sides sides) {
     unsigned char *shared = shared_memory();  // a tile of V [ROWS, d + 8], and a number a warp
     float *of_warp = reinterpret_cast<float *>(shared + ROWS * (d + 8));
     int index = blockIdx.x;
+    if constexpr (STEP == TRANSPOSE) return turn(sides.V, index, shared);
     const int of_Q = sides.heads_q * sides.Q.tiles, of_K = sides.heads_kv * sides.K.tiles;
     if (index < of_Q) take<Q_BLOCK, INCOHERENT, false>(sides.Q, sides.flip, index, of_warp, shared);
     else if ((index -= of_Q) < of_K) take<KV_BLOCK, INCOHERENT, false>(sides.K, sides.flip, index, of_warp, shared);
