@@ -103,7 +103,7 @@ struct Consumer : Rows {
     }
 
     DEVICE void first(int j) {
-        if (BLOCKED) worth = s.worth[K.stage], sigma = worth.sigma;
+        if (BLOCKED) worth = first_lane(s.worth[K.stage]), sigma = worth.sigma;
         trace.enter(FOR_S), products_wait<0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
@@ -120,7 +120,7 @@ struct Consumer : Rows {
         trace.enter(FOR_V), V.wait();
         weigh();
         turn.pass();
-        if (BLOCKED) worth = s.worth[K.stage];
+        if (BLOCKED) worth = first_lane(s.worth[K.stage]);
         trace.enter(FOR_S), products_wait<OVERLAP ? 1 : 0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
@@ -147,7 +147,6 @@ struct Consumer : Rows {
 
     // S_j is there, so that the next K may come; if it was the last one, the next Q, too.
     DEVICE void release_K(int j) {
-        if (BLOCKED) __syncwarp(~0u);  // all lanes have read what lies beside K
         K.release(), K.next();
         if (HELD < d / 32 && j == w.first) Q.release(), Q.next();
     }

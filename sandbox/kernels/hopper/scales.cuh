@@ -13,6 +13,14 @@ struct Scales {
     int q_blocks, q_rows, kv_blocks;
 };
 
+// What the first lane reads, which also gives K's stage back: for all of them.
+DEVICE Worth first_lane(const Worth &worth) {
+    const auto read = [](const float &x) {
+        return __builtin_bit_cast(float, first_lane(~0u, reinterpret_cast<const int &>(x)));
+    };
+    return {read(worth.K), read(worth.fold), read(worth.unfold), read(worth.sigma)};
+}
+
 // Beside K's tiles: the worth of each block, in the order in which a row block visits them.
 struct BesideK {
     Shared &s;
