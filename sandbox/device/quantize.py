@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 
 import torch
 
@@ -49,7 +48,10 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
     blocked = scales == "block"
     if not blocked:
         q_block, kv_block = max(1, N_q), max(1, N_k)
-    rows = _rows(d, q_block, kv_block) if blocked else ROWS
+    if blocked:
+        q_rows, kv_rows = _rows("q_block", q_block, d), _rows("kv_block", kv_block, d)
+    else:
+        q_rows = kv_rows = ROWS
     n_q, n_k = (-(-N_q // q_block), -(-N_k // kv_block)) if blocked else (1, 1)
     new = q.new_empty
     q8, k8 = new(B, N_q, H, d, dtype=E4M3), new(B, N_k, H_kv, d, dtype=E4M3)
@@ -58,15 +60,17 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
 
     def go(step):
         defines = {
-            "HEAD_DIM": d, "ROWS": rows, "Q_BLOCK": q_block if blocked else rows,
-            "KV_BLOCK": kv_block if blocked else rows, "BF16": int(NAMES[q.dtype] == "bf16"),
+            "HEAD_DIM": d, "Q_ROWS": q_rows, "KV_ROWS": kv_rows, "Q_BLOCK": q_block if blocked else q_rows,
+            "KV_BLOCK": kv_block if blocked else kv_rows, "BF16": int(NAMES[q.dtype] == "bf16"),
             "INCOHERENT": int(incoherent), "STEP": step,
         }  # fmt: skip
-        sides = [_side(x, to, scale, rows) for x, to, scale in zip((q, k, v), (q8, k8, v8), found)]
+        tiles = zip((q, k, v), (q8, k8, v8), found, (q_rows, kv_rows, kv_rows))
+        sides = [_side(*one) for one in tiles]
         flip = (ctypes.c_uint32 * 8)(*(_bits(signs(d, seed)) if incoherent else ()))
         blocks = B * (H * sides[0].tiles + H_kv * (sides[1].tiles + sides[2].tiles))
-        shared = rows * (d + 8) + 4 * MOST_THREADS // 32
-        _launch(tuple(defines.items()), rows * d // NUMBERS, shared)(blocks, Sides(*sides, B * H, B * H_kv, flip))
+        shared = kv_rows * (d + 8) + 4 * MOST_THREADS // 32
+        launch = _launch(tuple(defines.items()), max(q_rows, kv_rows) * d // NUMBERS, shared)
+        launch(blocks, Sides(*sides, B * H, B * H_kv, flip))
 
     if blocked:
         go(BLOCKS)
@@ -84,7 +88,8 @@ def transpose_keys(v):
     """As sandbox.quantize.transpose_keys: V [B, N, H, d] in e4m3, d = 64, 128 or 256, to Vᵀ, in one pass."""
     (B, N, H, d), v = v.shape, addressable(v)
     defines = {
-        "HEAD_DIM": d, "ROWS": ROWS, "Q_BLOCK": ROWS, "KV_BLOCK": ROWS, "BF16": 0, "INCOHERENT": 0, "STEP": TRANSPOSE,
+        "HEAD_DIM": d, "Q_ROWS": ROWS, "KV_ROWS": ROWS, "Q_BLOCK": ROWS, "KV_BLOCK": ROWS, "BF16": 0, "INCOHERENT": 0,
+        "STEP": TRANSPOSE,
     }  # fmt: skip
     to, scale = v.new_empty(B, H, d, -(-N // KEYS) * KEYS), v.new_empty(0, 0, 0)
     side = _side(v, to, scale, ROWS)
@@ -98,23 +103,18 @@ def takes(q, k, v, scales: str, q_block: int, kv_block: int) -> bool:
     try:
         _check_here(q, k, v)
         if scales == "block":
-            _rows(q.shape[-1], q_block, kv_block)
+            _rows("q_block", q_block, q.shape[-1]), _rows("kv_block", kv_block, q.shape[-1])
     except (TypeError, ValueError):
         return False
     return True
 
 
-def _rows(d: int, q_block: int, kv_block: int) -> int:
-    """Rows of a thread block: some blocks of either kind.  Raises ValueError where there is no such number."""
-    rows = math.lcm(q_block, kv_block)
-    for name, block in (("q_block", q_block), ("kv_block", kv_block)):
-        if block % 32 or rows * d // NUMBERS > MOST_THREADS:
-            most = MOST_THREADS * NUMBERS // d
-            raise ValueError(
-                f"{name}={block}: expected a multiple of 32 that with the other, q_block={q_block} and "
-                f"kv_block={kv_block}, has a common multiple of at most {most} rows"
-            )
-    return rows
+def _rows(name: str, block: int, d: int) -> int:
+    """Rows of a thread block: as many blocks as ROWS holds, or one.  Raises ValueError where that is too much."""
+    most = MOST_THREADS * NUMBERS // d
+    if block % 32 or block > most:
+        raise ValueError(f"{name}={block}: expected a multiple of 32, up to {most} at d={d}")
+    return block * max(1, ROWS // block)
 
 
 def _side(x, to, scale, rows) -> Side:

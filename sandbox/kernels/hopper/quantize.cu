@@ -1,18 +1,19 @@
 // Q, K, V from 16 bits to e4m3 in one pass: read once, rotated, scaled, V transposed.  [FA3, 2407.08608, §3.3]
 //
-// sandbox/quantize.py is the same in torch, bit for bit, and says what and why.  A thread block takes ROWS rows of a head
+// sandbox/quantize.py is the same in torch, bit for bit, and says what and why.  A thread block takes some rows of a head
 // of Q, K or V, a thread 32 numbers of a row: four chunks of 8, as far apart as there are lanes to a row.
 //
-// Compile-time, by -D: HEAD_DIM, ROWS, Q_BLOCK and KV_BLOCK (rows that share a scale, ROWS a multiple of both), BF16,
-// INCOHERENT (Q and K are rotated), STEP:
+// Compile-time, by -D: HEAD_DIM, Q_ROWS and KV_ROWS (of a thread block), Q_BLOCK and KV_BLOCK (that share a scale, and
+// divide them), BF16, INCOHERENT (Q and K are rotated), STEP:
 //
-//     BLOCKS   a scale for each block, from the block itself
-//     AMAX     only the largest number of each head, for a scale that more than a block share
-//     GIVEN    by the scales that are there
+//     BLOCKS     a scale for each block, from the block itself
+//     AMAX       only the largest number of each head, for a scale that more than a block share
+//     GIVEN      by the scales that are there
 //     TRANSPOSE  no scales: V, which is in e4m3, to Vᵀ
 #include "ptx.cuh"
 
-constexpr int d = HEAD_DIM, LANES = d / 32, THREADS = ROWS * LANES;  // lanes to a row
+constexpr int d = HEAD_DIM, LANES = d / 32;  // to a row
+constexpr int THREADS = LANES * (Q_ROWS > KV_ROWS ? Q_ROWS : KV_ROWS);  // where there are fewer rows, some have none
 enum Step { BLOCKS, AMAX, GIVEN, TRANSPOSE };
 
 // [B, N, H, d] in 16 bits, 8 to be transposed, any strides; e4m3, [B, N, H, d] or Vᵀ [B, H, d, N_pad]; fp32 [B, H, blocks].
@@ -115,9 +116,9 @@ DEVICE float scale_of(float most, float *of_warp, int row) {
 
 DEVICE int pad(int N) { return (N + 15) / 16 * 16; }
 
-// Of a tile of V [ROWS, d] to Vᵀ: 32 keys of a column at a time, key 8a + 2q + b of 16 in slot 4q + 2a + b.
+// Of a tile of V [KV_ROWS, d] to Vᵀ: 32 keys of a column at a time, key 8a + 2q + b of 16 in slot 4q + 2a + b.
 DEVICE void transpose(const unsigned char *sV, unsigned char *to, int i0, int N) {
-    for (int n = threadIdx.x; n < ROWS / 32 * d; n += THREADS) {
+    for (int n = threadIdx.x; n < KV_ROWS / 32 * d; n += THREADS) {
         const int c = n % d;
 #pragma unroll
         for (int j0 = n / d * 32, end = j0 + 32; j0 < end; j0 += 16) {
@@ -133,12 +134,13 @@ DEVICE void transpose(const unsigned char *sV, unsigned char *to, int i0, int N)
     }
 }
 
-template <int Block, bool Rotated, bool Transposed>
+template <int ROWS, int Block, bool Rotated, bool Transposed>
 DEVICE void take(const Side &side, const u32 *flip, int index, float *of_warp, unsigned char *sV) {
     const int bh = index / side.tiles, i0 = index % side.tiles * ROWS, b = bh / side.H, h = bh % side.H;
     Piece piece;
     piece.row = threadIdx.x / LANES, piece.lane = threadIdx.x % LANES;
-    const int i = i0 + piece.row;
+    const bool mine = THREADS == ROWS * LANES || piece.row < ROWS;
+    const int i = mine ? i0 + piece.row : side.N;
     piece.read(side, b, h, i);
     if (Rotated) piece.rotate(flip);
     float *scales = side.scale + static_cast<long long>(bh) * side.blocks;
@@ -161,8 +163,9 @@ DEVICE void take(const Side &side, const u32 *flip, int index, float *of_warp, u
         u32 eight[2];
         piece.scaled(s, inverse, eight);
         const int c = Piece::column(s, piece.lane);
-        if (Transposed) store_8_bytes(sV + piece.row * (d + 8) + c, eight);
-        else if (i < side.N) store_8_bytes(to + ((static_cast<long long>(b) * side.N + i) * side.H + h) * d + c, eight);
+        if (Transposed && mine) store_8_bytes(sV + piece.row * (d + 8) + c, eight);
+        if (!Transposed && i < side.N)
+            store_8_bytes(to + ((static_cast<long long>(b) * side.N + i) * side.H + h) * d + c, eight);
     }
     if (Transposed) {
         __syncthreads();
@@ -172,7 +175,7 @@ DEVICE void take(const Side &side, const u32 *flip, int index, float *of_warp, u
 
 // V in e4m3, 32 bytes a thread, to Vᵀ.
 DEVICE void turn(const Side &side, int index, unsigned char *sV) {
-    const int bh = index / side.tiles, i0 = index % side.tiles * ROWS, b = bh / side.H, h = bh % side.H;
+    const int bh = index / side.tiles, i0 = index % side.tiles * KV_ROWS, b = bh / side.H, h = bh % side.H;
     const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, i = i0 + row;
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
@@ -188,12 +191,15 @@ DEVICE void turn(const Side &side, int index, unsigned char *sV) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) quantize(const __grid_constant__ Sides sides) {
-    unsigned char *shared = shared_memory();  // a tile of V [ROWS, d + 8], and a number a warp
-    float *of_warp = reinterpret_cast<float *>(shared + ROWS * (d + 8));
+    unsigned char *shared = shared_memory();  // a tile of V [KV_ROWS, d + 8], and a number a warp
+    float *of_warp = reinterpret_cast<float *>(shared + KV_ROWS * (d + 8));
     int index = blockIdx.x;
     if constexpr (STEP == TRANSPOSE) return turn(sides.V, index, shared);
     const int of_Q = sides.heads_q * sides.Q.tiles, of_K = sides.heads_kv * sides.K.tiles;
-    if (index < of_Q) take<Q_BLOCK, INCOHERENT, false>(sides.Q, sides.flip, index, of_warp, shared);
-    else if ((index -= of_Q) < of_K) take<KV_BLOCK, INCOHERENT, false>(sides.K, sides.flip, index, of_warp, shared);
-    else take<KV_BLOCK, false, true>(sides.V, sides.flip, index - of_K, of_warp, shared);
+    if (index < of_Q)
+        take<Q_ROWS, Q_BLOCK, INCOHERENT, false>(sides.Q, sides.flip, index, of_warp, shared);
+    else if ((index -= of_Q) < of_K)
+        take<KV_ROWS, KV_BLOCK, INCOHERENT, false>(sides.K, sides.flip, index, of_warp, shared);
+    else
+        take<KV_ROWS, KV_BLOCK, false, true>(sides.V, sides.flip, index - of_K, of_warp, shared);
 }
