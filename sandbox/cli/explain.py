@@ -248,6 +248,7 @@ def count(variant, shape, tile):
     from ..device import simulator
     from ..measure import roofline
     from ..measure.cases import Rows
+    from ..variant import Unsupported
 
     if target.KIND != "simulator":
         return None, "bytes asked for are not known: no formula knows this kernel, and only the simulator counts them"
@@ -256,7 +257,10 @@ def count(variant, shape, tile):
         small = replace(shape, rows=8, columns=64)
     if not softmax and simulator.estimate_seconds(shape, variant.direction) > PATIENCE_S:
         small = replace(shape, B=1, H=1, H_kv=1, N_q=64, N_k=64, d=min(shape.d, 16), scale=None)
-        tile = choose_tile(small, target.device(), variant)
+        try:
+            tile = choose_tile(small, target.device(), variant)
+        except Unsupported as reason:
+            return None, f"bytes asked for are not known: no formula knows this kernel, nor can it be counted: {reason}"
     traffic = judged(variant, small, tile, target.device()).traffic
     if small is shape:
         whole = {"all arrays": (traffic.read_bytes, traffic.write_bytes)}  # an array may travel in two dtypes

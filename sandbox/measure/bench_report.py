@@ -75,9 +75,11 @@ def draw(rows: list[dict]):
     figure = picture.page(answer, setup(rows), (12, head + high * lines))
     height = high / (head + high * lines)
     top = max((row["tflops"] for row in rows if row["tflops"]), default=1) * 1.08
+    longest = max(len(name.removeprefix(bench.OURS)) for name in names) + len(f", {top:.0f}")
+    wide = min(0.28, 0.435 - 0.0072 * longest) if columns == 2 else 0.7  # a panel leaves room for the names beside it
     for n, (d, causal) in enumerate(panels):
         left, bottom = 0.06 + 0.5 * (n % columns), (lines - 1 - n // columns + 0.17) * height
-        axes = figure.add_axes((left, bottom, 0.28 if columns == 2 else 0.7, 0.66 * height))
+        axes = figure.add_axes((left, bottom, wide, 0.66 * height))
         ends, shown = [], {row["N_q"] for row in rows if row["tflops"] and (row["d"], row["causal"]) == (d, causal)}
         for name, color in zip(names, COLORS * len(names)):
             mine = {r["N_q"]: r["tflops"] for r in rows if (r["provider"], r["d"], r["causal"]) == (name, d, causal)}
