@@ -114,7 +114,7 @@ def test_sizes_heads_and_masks(problem, scales):
     "turned",
     [
         dict(ping_pong=True), dict(overlap=False), dict(dynamic=False), dict(unroll=2), dict(q_in_registers=2),
-        dict(q_in_registers=0, ping_pong=True, overlap=False),
+        dict(q_in_registers=0, ping_pong=True, overlap=False), dict(two_level=True),
     ],
     ids=str,
 )  # fmt: skip

@@ -45,8 +45,8 @@ def shared_bytes(d: int, tile: Tile, switches: "Switches") -> int:
 
 
 def accumulators(d: int, tile: Tile, switches: "Switches") -> int:
-    """Registers a thread needs for S, P and O [64, ·] of its warpgroup, and for Q where it is in registers."""
-    return tile.Bc // 2 + tile.Bc // 8 + d // 2 + 4 * switches.q_in_registers
+    """Registers a thread needs for S, P, O and a sum of O's size, if any, and for Q where it is in registers."""
+    return tile.Bc // 2 + tile.Bc // 8 + d // 2 * (1 + switches.two_level) + 4 * switches.q_in_registers
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Switches:
 
     scales      'block': one for 64 rows of Q, and one for a tile's keys of K and of V; 'head', 'tensor'
     incoherent  Q and K are rotated before they are quantized
+    two_level   P V of a tile is summed by the tensor cores, which keep some 13 bits, and O in float32
     """
 
     stages: int = 2
@@ -67,6 +68,7 @@ class Switches:
     persistent: bool = True
     scales: str = "block"
     incoherent: bool = True
+    two_level: bool = False
 
 
 HOST = ("persistent", "scales", "incoherent")  # switches that the kernel does not see
@@ -105,8 +107,10 @@ def fit(problem, tile, device, **turned):
 
 
 def usual(problem, device, scales="block", **turned) -> Tile:
-    """The fastest tile of sweeps on an H100."""
-    if problem.d == 64:
+    """The fastest tile of sweeps on an H100; with two levels, the largest."""
+    if turned.get("two_level"):
+        tile = Tile(192, 96) if problem.d == 64 else Tile(128, 96)
+    elif problem.d == 64:
         tile = Tile(192, 160) if scales == "block" else Tile(192, 128)
     elif problem.d == 128:
         small = problem.mask.banded and problem.N_k <= 4096 and scales != "block"

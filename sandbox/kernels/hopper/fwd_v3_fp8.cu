@@ -9,7 +9,8 @@
 //     scales         Q's and K's go into the exponent, V's into P̃ or O (scales.cuh)
 //     O is rescaled  where P̃ would be too large, not where it has grown a lot: e4m3 ends at 448
 //
-// Compile-time, by -D: as fwd_v3.cu, where Q_IN_REGISTERS counts 32 columns; BLOCKED: scales of blocks, else of heads.
+// Compile-time, by -D: as fwd_v3.cu, where Q_IN_REGISTERS counts 32 columns; BLOCKED: scales of blocks, else of heads;
+// TWO_LEVEL: tensor cores, which keep 13 bits or so of a sum of 8-bit products, sum no more than a block.
 #define EIGHT_BITS 1
 #include "rows.cuh"
 #include "scales.cuh"
@@ -35,6 +36,7 @@ struct Consumer : Rows {
     u32 rP[Bc / 8];               // P̃ in 8 bits, four to a register
     u32 rQ[HELD ? 4 * HELD : 1];  // Q in 8 bits  [64, 32 HELD]
     float rO[d / 2];              // O  [64, d]
+    float rT[d / 2];              // P̃ V of one block, where O is summed in two levels
 
     DEVICE Consumer(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, u32 *marks, int warpgroup,
                     const Scales &scales)
@@ -51,7 +53,7 @@ struct Consumer : Rows {
 #pragma unroll
             for (int e = 0; e < d / 2; ++e) rO[e] = 0.f;
             attend();
-            trace.enter(FOR_O), products_wait<0>(rO);
+            trace.enter(FOR_O), take_PV();
             V.release(), V.next();
             finish();
             const Work done = w;
@@ -131,6 +133,7 @@ struct Consumer : Rows {
             const float ratio = __fdividef(sigma, worth.sigma);
             softmax.alpha[0] *= ratio, softmax.alpha[1] *= ratio, sigma = worth.sigma;
         }
+        if (TWO_LEVEL) take_PV();
         if (softmax.changed()) products_wait<0>(rO), scale_rows(rO, softmax.alpha);
         products_wait<0>(rO);  // not before the softmax: ptxas would move it there, but for the branch
         V.release(), V.next();
@@ -181,14 +184,22 @@ struct Consumer : Rows {
     // O += P̃ V  [64, d]
     DEVICE void weigh() {
         trace.enter(PV);
+        float(&sum)[d / 2] = TWO_LEVEL ? rT : rO;
         const u64 v = by_columns(shared_address(s.sV[V.stage]), DEEP);
         products_begin();
 #pragma unroll
         for (int c = 0; c < Bc / 32; ++c) {
             const int panel = c / (DEEP / 32), inside = c % (DEEP / 32) * NEXT_COLUMNS;
-            Product<d, E4M3>::columns(rO, rP + 4 * c, v + panel * (d * DEEP >> 4) + inside, 1);
+            Product<d, E4M3>::columns(sum, rP + 4 * c, v + panel * (d * DEEP >> 4) + inside, !TWO_LEVEL || c > 0);
         }
         products_commit();
+    }
+
+    DEVICE void take_PV() {
+        products_wait<0>(TWO_LEVEL ? rT : rO);
+        if (TWO_LEVEL)
+#pragma unroll
+            for (int e = 0; e < d / 2; ++e) rO[e] += rT[e];
     }
 
     // Of every 16 keys a thread has two neighbours, and two that are 8 further.
