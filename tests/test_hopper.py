@@ -14,7 +14,8 @@ import torch
 import sandbox
 from sandbox import catalog, emulator, target
 from sandbox.choose import choose_tile
-from sandbox.kernels import fwd_v3
+from sandbox.device import quantize
+from sandbox.kernels import fwd_v3, fwd_v3_fp8
 from sandbox.mask import Mask
 from sandbox.measure import formulas, gate
 from sandbox.measure.cases import parse_tile
@@ -313,6 +314,37 @@ def test_its_products_follow_one_another(d, N, causal, specialized, tmp_path):
     between = [lines[a:b] for a, b in zip(products, products[1:]) if b - a < 20]
     moved = sum(any("R2UR" in line for line in some) for some in between)
     assert len(between) > 20 and moved <= (0 if specialized else len(between) // 5), f"{moved} of {len(between)}"
+
+
+EIGHT_BITS = ("QGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "MUFU.EX2", "F2FP.SATFINITE.E4M3.F32")
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["plain", "scored"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("d, turned", [
+    *((d, {"scales": scales}) for d in (64, 128, 256) for scales in ("block", "head")),
+    (64, {"two_level": True}), (128, {"two_level": True}),
+], ids=str)  # fmt: skip
+def test_in_8_bits_it_keeps_its_registers(d, turned, causal, scored, tmp_path):
+    problem = Problem(1, 1, 1, 4096, 4096, d, "bf16", mask=Mask(causal))
+    tile = fwd_v3_fp8.usual(problem, HOPPER, **turned)
+    switches = replace(fwd_v3_fp8.chosen(problem, tile, HOPPER), **turned)
+    launch = fwd_v3_fp8.made(problem, tile, switches)[scored]
+    assert launch.binary().report.registers == 65_536 // launch.threads // 8 * 8
+    if nvdisasm() is not None:
+        text = disassembled(launch.binary().cubin, tmp_path)
+        assert all(name in text for name in EIGHT_BITS), [name for name in EIGHT_BITS if name not in text]
+        assert f"QGMMA.64x{tile.Bc}x32.F32.E4M3.E4M3" in text and f"QGMMA.64x{d}x32.F32.E4M3.E4M3" in text
+
+
+@pytest.mark.parametrize("step", ["BLOCKS", "AMAX", "GIVEN", "TRANSPOSE"])
+@pytest.mark.parametrize("d, kv_block", [(64, 160), (128, 96), (128, 128), (256, 128)])
+def test_quantizing_spills_nothing(d, kv_block, step):
+    q_rows, kv_rows = (quantize._rows("block", block, d) for block in (64, kv_block))
+    defines = {"HEAD_DIM": d, "Q_ROWS": q_rows, "KV_ROWS": kv_rows, "Q_BLOCK": 64, "KV_BLOCK": kv_block, "BF16": 1}
+    defines |= {"INCOHERENT": 1, "STEP": getattr(quantize, step)}
+    threads = max(q_rows, kv_rows) * d // quantize.NUMBERS
+    assert quantize._launch(tuple(defines.items()), threads, 0).binary().report.registers * threads <= 65_536
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
