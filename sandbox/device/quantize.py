@@ -19,7 +19,7 @@ from .hopper import HEADERS, HopperLaunch, addressable
 FILE = HEADERS / "quantize.cu"
 BLOCKS, AMAX, GIVEN, TRANSPOSE = range(4)  # quantize.cu: Step
 NUMBERS = 32  # of a row, that a thread takes
-ROWS, MOST_THREADS = 128, 1024
+ROWS, MOST_THREADS = 128, 1024  # of a thread block: rows where scales leave that open, and threads
 
 
 class Side(ctypes.Structure):
@@ -46,13 +46,12 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
     q, k, v = (addressable(x) for x in (q, k, v))
     (B, N_q, H, d), (N_k, H_kv) = q.shape, k.shape[1:3]
     blocked = scales == "block"
-    if not blocked:
-        q_block, kv_block = max(1, N_q), max(1, N_k)
     if blocked:
         q_rows, kv_rows = _rows("q_block", q_block, d), _rows("kv_block", kv_block, d)
+        n_q, n_k = -(-N_q // q_block), -(-N_k // kv_block)
     else:
-        q_rows = kv_rows = ROWS
-    n_q, n_k = (-(-N_q // q_block), -(-N_k // kv_block)) if blocked else (1, 1)
+        q_block, kv_block = max(1, N_q), max(1, N_k)
+        q_rows, kv_rows, n_q, n_k = ROWS, ROWS, 1, 1
     new = q.new_empty
     q8, k8 = new(B, N_q, H, d, dtype=E4M3), new(B, N_k, H_kv, d, dtype=E4M3)
     v8 = new(B, H_kv, d, -(-N_k // KEYS) * KEYS, dtype=E4M3)
