@@ -397,7 +397,9 @@ def _speeds(axes, rows: list[dict], d: int, causal: bool, named: bool):
             ends.append((max(line), line[max(line)], f"{name}, {line[max(line)]:,.0f}", color))
     if (first := pays(rows, d, causal)) is not None:
         axes.axvline(first, color=picture.PALE, linewidth=6, zorder=0)
-        axes.text(first, 0.02, f" pays from {thousands(first)}", transform=axes.get_xaxis_transform(), fontsize=9.5)
+        side = "right" if first == max(shown) else "left"
+        told = f" pays from {thousands(first)} "
+        axes.text(first, 0.02, told, transform=axes.get_xaxis_transform(), fontsize=9.5, ha=side)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shown, [thousands(N) for N in shown])
     axes.minorticks_off()

@@ -15,7 +15,8 @@ a little above it; and V_j comes to the unit that O has, σ, by P̃, which becom
 much or too little for e4m3.
 
 Keys are visited from last to first, as the kernel does.  All rows of all heads go along at once: how many a row block
-has changes nothing.  The products' terms are exact in fp32.  How they are summed, a choice of three:
+has changes nothing, but for a lazy kernel, where they share σ.  The products' terms are exact in fp32.  How they are
+summed, a choice of three:
 
     fp32         every sum rounds as fp32 does
     fp22         a model of Hopper's tensor cores: after every 32 terms the accumulator keeps 13 bits of its mantissa
@@ -35,11 +36,8 @@ from .quantize import Quantized, restore_keys, round_e4m3, transpose_keys
 INF, LN2 = math.inf, math.log(2)
 FULL = Mask()
 ACCUMULATE = ("fp32", "fp22", "two_level")
-ROOM, SLACK = (
-    0.5,
-    1.0,
-)  # powers of 2: a lazy m stays where the maximum is at most ROOM above it, or goes SLACK above that
-FOLD = 0.82, 4.0  # σ/σ_j that P̃ takes over
+ROOM, SLACK = 0.5, 1.0  # powers of 2: a lazy m stays where a maximum is at most ROOM above it, else goes SLACK above
+FOLD = 0.82, 4.0  # between which P̃ takes over σ/σ_j
 TERMS, KEPT = 32, -1 << (23 - 13)  # of one tensor-core instruction in 8 bits; the bits of fp32 that fp22 keeps
 ROUND = {
     "e4m3": round_e4m3, "fp16": lambda x: x.half().float(), "bf16": lambda x: x.bfloat16().float(), "fp32": lambda x: x,
@@ -112,7 +110,7 @@ def flash_attention_3_fp8(
 
 
 def _to_unit(sigma, sigma_j, visited, lazy):
-    """σ_j/σ⁻¹ of V_j that P̃ takes over, what O is multiplied by, and the unit that it has then; of each row."""
+    """σ/σ_j that P̃ is divided by, what O is multiplied by, and the unit that it has then; of each row."""
     ratio = torch.where(sigma.isnan(), 1, sigma / sigma_j)
     kept = visited & (ratio >= FOLD[0]) & (ratio <= FOLD[1]) & ~sigma.isnan() & bool(lazy)
     moved = visited & ~kept

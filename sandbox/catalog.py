@@ -161,13 +161,10 @@ def switches_of(words: Iterable[str], of: type) -> dict:
         key, _, value = word.partition("=")
         if key not in kinds:
             raise ValueError(f"switch {word}: {nearest(key, kinds)}")
-        if "str" in str(kinds[key]):
-            found[key] = value
-        elif not (value.isdecimal() or value in ("True", "False")):
+        value = {"True": "1", "False": "0"}.get(value, value)
+        if kinds[key] is not str and not value.isdecimal():
             raise ValueError(f"switch {word}: expected {key}=0, {key}=1 or another number")
-        else:
-            number = {"True": 1, "False": 0}.get(value) if value in ("True", "False") else int(value)
-            found[key] = number if "int" in str(kinds[key]) else bool(number)
+        found[key] = bool(int(value)) if kinds[key] is bool else kinds[key](value)
     return found
 
 

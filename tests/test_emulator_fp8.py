@@ -18,6 +18,7 @@ from sandbox.device.hopper import HEADERS
 from sandbox.kernels import fwd_v3_fp8
 from sandbox.kernels.fwd_v3_fp8 import Launch
 from sandbox.mask import Mask
+from sandbox.measure import gate
 from sandbox.problem import DTYPES, Problem
 from sandbox.quantize import dequantize, quantize, to_e4m3
 from sandbox.variant import SIMULATOR, Tile
@@ -202,6 +203,31 @@ def edited(folder, name, line, instead):
     assert text.count(line) == 1, f"{name}: {line!r} stands there {text.count(line)} times"
     (copy / name).write_text(text.replace(line, instead))
     return copy
+
+
+class Quantizing(Launch):
+    """Attends rightly to what it quantized wrongly: V's scales are twice what they are."""
+
+    def quantize(self, *x):
+        x = super().quantize(*x)
+        return replace(x, v_scale=2 * x.v_scale)
+
+
+class Dropping(Launch):
+    """V's second block is lost on the way to 8 bits."""
+
+    def quantize(self, *x):
+        x = super().quantize(*x)
+        x.v.view(torch.uint8)[..., self.tile.Bc : 2 * self.tile.Bc] = 0
+        return x
+
+
+@pytest.mark.parametrize("build", [Quantizing, Dropping])
+def test_the_gate_does_not_believe_a_kernel_s_own_quantization(build):
+    variant = replace(fwd_v3_fp8.VARIANT, name=build.__name__, build=build)
+    x = gate.gaussian(PROBLEM, 0)
+    assert gate.check(fwd_v3_fp8.VARIANT, PROBLEM, Tile(128, 64), x, SIMULATOR).passed
+    assert not gate.check(variant, PROBLEM, Tile(128, 64), x, SIMULATOR).passed
 
 
 # ---- the quantization -----------------------------------------------------------------------------------------------

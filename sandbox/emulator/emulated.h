@@ -496,7 +496,6 @@ inline int first_lane(u32 lanes, const int &x) {
 inline u32 cycles() { return ++emulated::ticks; }
 inline u32 nanoseconds() { return emulated::ticks; }
 
-inline void settled(float &) {}
 template <int Size>
 void settled(float (&)[Size]) {}
 

@@ -26,7 +26,7 @@ TILES = (
 
 
 class Scales(ctypes.Structure):
-    """What e4m3 is worth: fwd_v3_fp8.cu."""
+    """What e4m3 is worth: scales.cuh."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in "QKV"]
     _fields_ += [(name, ctypes.c_int) for name in ("q_blocks", "q_rows", "kv_blocks")]
@@ -166,6 +166,10 @@ class Launch:
     def __init__(self, problem, tile, device, marks=None, **turned):
         self.tile, self.device, self.marks = tile, device, marks
         self.switches = replace(chosen(problem, tile, device), **turned)
+        self.options = {  # of the quantization
+            "scales": self.switches.scales, "q_block": Q_BLOCK, "kv_block": tile.Bc,
+            "incoherent": self.switches.incoherent,
+        }  # fmt: skip
         self.plain, self.scored = made(problem, tile, self.switches, 0 if marks is None else marks.shape[2])
 
     def __call__(self, problem, Q, K, V, mask, O, LSE):
@@ -173,11 +177,9 @@ class Launch:
             self.attend(problem, self.quantize(Q, K, V), O, LSE)
 
     def quantize(self, Q, K, V) -> Quantized:
-        switches = self.switches
         if K.shape[1] == 0:  # there is no map of an empty tensor: one key that the mask hides
             K = V = Q.new_zeros(Q.shape[0], 1, K.shape[2], Q.shape[3])
-        options = {"scales": switches.scales, "incoherent": switches.incoherent}
-        return quantize(Q, K, V, q_block=Q_BLOCK, kv_block=self.tile.Bc, **options)
+        return quantize(Q, K, V, **self.options)
 
     def attend(self, problem, x: Quantized, O, LSE):
         """Raises ValueError where x's scales are not what this kernel was built for."""

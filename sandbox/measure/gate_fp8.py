@@ -1,6 +1,7 @@
 """The gate of a kernel whose products take e4m3: against what its roundings cost, emulated.  [floor 3]
 
-E is the kernel's algorithm emulated on its very scales and tile (algorithms_fp8), rounded to O's dtype.
+E is the kernel's algorithm emulated (algorithms_fp8) with its tile and options, on what the reference quantizes
+(quantize.py), rounded to O's dtype.
 
 RMSE    sqrt(mean (O - O*)²) <= 1.1 sqrt(mean (E - O*)²), O* the oracle on the inputs as they were in 16 bits
 O       |O - E| <= 2u₈·A + S·A + N_k/32·t·A + 2⁻¹⁵·Σ_j |v_j| + u·|E| elementwise, A_i = Σ_j p_ij·|v_j|, on the quantized

@@ -116,8 +116,6 @@ DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "mem
 DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // x is computed before whatever follows, not put off until it is used.
-DEVICE void settled(float &x) { asm volatile("" : "+f"(x)::"memory"); }
-
 template <int Size>
 DEVICE void settled(float (&x)[Size]) {
 #pragma unroll
