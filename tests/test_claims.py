@@ -203,6 +203,13 @@ def test_what_no_claim_names_is_not_run_but_counts(stand, tmp_path):
     assert read(tmp_path)[5]["ours"].startswith("7 of 7 rows pass")
 
 
+def test_what_is_rounded_to_8_bits_is_not_called_exact():
+    row = {"variant": "fwd_v3", "N": 8, "gate": "passed", "error_ratio": 0.25, "scales": None}
+    rows = {"fp8_speed": [row, row | {"variant": "fwd_v3_fp8", "scales": "block", "error_ratio": 0.9}], "fp8_error": []}
+    verdict, why, ours = verdicts.claim_5(verdicts.Evidence("simulator", rows=rows))
+    assert (verdict, ours) == (HOLDS, "1 of 1 rows pass, at 0.25 of the bound at most") and "fp8_speed" in why
+
+
 def test_a_failed_gate_is_not_exact(stand, tmp_path, capsys):
     stand.gate["tile_size"] = "failed: O is off"
     assert run(tmp_path) == 1
