@@ -168,12 +168,15 @@ DEFECTS = {
         "            beside.put(ring.stage, j);\n            ring.acquire();", None,
     ),
     "the scale of the block before": (SCALES, "V = scales.V + blocks,", "V = scales.V + blocks - 1,", None),
-    "O not brought to V's scale": (KERNEL, "softmax.alpha[0] *= ratio, softmax.alpha[1] *= ratio, ", "", None),
-    "l not brought to V's scale": (KERNEL, "worth.fold, worth.unfold)", "worth.fold, 1.f)", None),
+    "O not brought to V's scale": (KERNEL, "products_wait<0>(rO), scale_rows(rO, {ratio, ratio}), ", "", None),
+    "l not brought to V's scale": (KERNEL, "BLOCKED ? exp2_approx(-worth.fold) : 1.f)", "1.f)", None),
+    "the maximum of negative rows as integers": (
+        "softmax.cuh", "if (!__any_sync(~0u, most[0] < 0 || most[1] < 0)) return;", "return;", None,
+    ),
     "P's keys in another order": (
         KERNEL, "pack_e4m3(x[0], x[1], x[4], x[5])", "pack_e4m3(x[0], x[4], x[1], x[5])", None,
     ),
-    "V's panels as wide as Q's": (KERNEL, "s.sV[V.stage]), DEEP)", "s.sV[V.stage]), 128)", None),
+    "V's panels as wide as Q's": (KERNEL, "s.sV[0]), DEEP)", "s.sV[0]), 128)", None),
     "Q in registers, swizzled as if wider": ("rows.cuh", "^ r * Width / 128 % CHUNKS", "^ r % CHUNKS", None),
     "P overwritten while it is read": (KERNEL, "settled(rS);", "take_P();", None),
     "fewer bytes than arrive": (PRODUCERS, "announce(KV_BYTES)", "announce(KV_BYTES - 32)", "nobody can go on"),

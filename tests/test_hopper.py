@@ -328,7 +328,7 @@ EIGHT_BITS = ("QGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "MUFU.EX2", "F2FP.SAT
 def test_in_8_bits_it_keeps_its_registers(d, turned, causal, scored, tmp_path):
     problem = Problem(1, 1, 1, 4096, 4096, d, "bf16", mask=Mask(causal))
     tile = fwd_v3_fp8.usual(problem, HOPPER, **turned)
-    switches = replace(fwd_v3_fp8.chosen(problem, tile, HOPPER), **turned)
+    switches = fwd_v3_fp8.chosen(problem, tile, HOPPER, **turned)
     launch = fwd_v3_fp8.made(problem, tile, switches)[scored]
     assert launch.binary().report.registers == 65_536 // launch.threads // 8 * 8
     if nvdisasm() is not None:

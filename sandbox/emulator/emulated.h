@@ -420,12 +420,14 @@ inline void __syncwarp(u32 lanes) {
     else if (lanes != 1u << threadIdx.x % 32) emulated::fail("lanes that are neither a warp nor this one");
 }
 
-inline float __shfl_xor_sync(u32, float x, int lane) {
-    u32 bits;
-    std::memcpy(&bits, &x, 4);
-    bits = emulated::meet(emulated::warp(), 32, bits)[threadIdx.x % 32 ^ lane];
-    std::memcpy(&x, &bits, 4);
-    return x;
+template <class Number>  // of 4 bytes
+Number __shfl_sync(u32, Number x, int lane) {
+    return __builtin_bit_cast(Number, u32(emulated::meet(emulated::warp(), 32, __builtin_bit_cast(u32, x))[lane]));
+}
+
+template <class Number>
+Number __shfl_xor_sync(u32 lanes, Number x, int lane) {
+    return __shfl_sync(lanes, x, threadIdx.x % 32 ^ lane);
 }
 
 inline bool __any_sync(u32, bool mine) {
@@ -588,11 +590,11 @@ struct Product {
     static void tiles(float (&c)[N / 2], u64 a, int a_on, u64 b, int b_on, int add) {
         emulated::block->current->batch.push_back({c, a + a_on, b + b_on, nullptr, true, N, Type, add != 0});
     }
-    static void columns(float (&c)[N / 2], const u32 *a, u64 b, int add) {
-        emulated::block->current->batch.push_back({c, 0, b, a, true, N, Type, add != 0});
+    static void columns(float (&c)[N / 2], const u32 *a, u64 b, int b_on, int add) {
+        emulated::block->current->batch.push_back({c, 0, b + b_on, a, true, N, Type, add != 0});
     }
-    static void rows(float (&c)[N / 2], const u32 *a, u64 b) {
+    static void rows(float (&c)[N / 2], const u32 *a, u64 b, int b_on) {
         static_assert(Type != E4M3, "the hardware has none");
-        emulated::block->current->batch.push_back({c, 0, b, a, false, N, Type, true});
+        emulated::block->current->batch.push_back({c, 0, b + b_on, a, false, N, Type, true});
     }
 };

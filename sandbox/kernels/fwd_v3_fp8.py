@@ -45,8 +45,9 @@ def shared_bytes(d: int, tile: Tile, switches: "Switches") -> int:
 
 
 def accumulators(d: int, tile: Tile, switches: "Switches") -> int:
-    """Registers a thread needs for S, P, O and a sum of O's size, if any, and for Q where it is in registers."""
-    return tile.Bc // 2 + tile.Bc // 8 + d // 2 * (1 + switches.two_level) + 4 * switches.q_in_registers
+    """Registers a thread needs for S, P, O and for Q where it is in registers; for a second sum, and 12 to add it."""
+    sums = d // 2 + (d // 2 + 12) * switches.two_level
+    return tile.Bc // 2 + tile.Bc // 8 + sums + 4 * switches.q_in_registers
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,15 @@ class Switches:
 HOST = ("persistent", "scales", "incoherent")  # switches that the kernel does not see
 
 
-def chosen(problem, tile, device) -> Switches:
-    """The switches that are used: Q in registers, a tile for O and up to four stages, as they fit."""
-    d = problem.d
-    room = ACCUMULATORS[tile.Br // WARPGROUP_ROWS] - accumulators(d, tile, Switches())
+def chosen(problem, tile, device, **turned) -> Switches:
+    """The switches that are used: Q in registers, a tile for O and up to four stages, as they fit; those that are
+    `turned` are as they are there."""
+    d, two_level = problem.d, turned.get("two_level", False)
+    room = ACCUMULATORS[tile.Br // WARPGROUP_ROWS] - accumulators(d, tile, Switches(two_level=two_level))
     found = Switches(q_in_registers=d // 32 if room >= d // 8 else 0)
     choices = [replace(found, stages=n, o_apart=apart) for apart in (True, False) for n in (4, 3, 2)]
     fits = (s for s in choices if shared_bytes(d, tile, s) <= device.shared)
-    return next(fits, choices[-1])
+    return replace(next(fits, choices[-1]), **turned)
 
 
 def fit(problem, tile, device, **turned):
@@ -96,7 +98,7 @@ def fit(problem, tile, device, **turned):
         raise Unsupported(f"fwd_v3_fp8 needs a Hopper GPU (sm_90), this is sm_{major}{minor}: fwd_v2 runs here")
     if tile.Br not in (128, 192, 256) or tile.Bc % 32 or tile.Bc > MOST_KEYS:
         raise Infeasible(tile, f"fwd_v3_fp8 takes 128, 192 or 256 rows and a multiple of 32 keys up to {MOST_KEYS}")
-    switches, d = replace(chosen(problem, tile, device), **turned), problem.d
+    switches, d = chosen(problem, tile, device, **turned), problem.d
     if (need := shared_bytes(d, tile, switches)) > device.shared:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
     warpgroups = tile.Br // WARPGROUP_ROWS
@@ -107,14 +109,13 @@ def fit(problem, tile, device, **turned):
 
 
 def usual(problem, device, scales="block", **turned) -> Tile:
-    """The fastest tile of sweeps on an H100; with two levels, the largest."""
+    """The fastest tile of sweeps on an H200; with two levels, the largest."""
     if turned.get("two_level"):
-        tile = Tile(192, 96) if problem.d == 64 else Tile(128, 96)
+        tile = Tile(192, 64) if problem.d == 64 else Tile(128, 96)
     elif problem.d == 64:
         tile = Tile(192, 160) if scales == "block" else Tile(192, 128)
     elif problem.d == 128:
-        small = problem.mask.banded and problem.N_k <= 4096 and scales != "block"
-        tile = Tile(128, 128) if small else Tile(192, 96)
+        tile = Tile(128, 192) if problem.mask.banded and problem.N_k <= 4096 else Tile(192, 96)
     else:
         tile = Tile(128, 128)
     fit(problem, tile, device, scales=scales, **turned)
@@ -165,7 +166,7 @@ class Launch:
 
     def __init__(self, problem, tile, device, marks=None, **turned):
         self.tile, self.device, self.marks = tile, device, marks
-        self.switches = replace(chosen(problem, tile, device), **turned)
+        self.switches = chosen(problem, tile, device, **turned)
         self.options = {  # of the quantization
             "scales": self.switches.scales, "q_block": Q_BLOCK, "kv_block": tile.Bc,
             "incoherent": self.switches.incoherent,

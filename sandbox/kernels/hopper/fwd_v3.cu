@@ -91,9 +91,9 @@ struct Consumer : Rows {
         int j = w.end - 1;
         first(j--);
         skip_V();
-        for (; j >= w.first && !whole(j); --j) step<true>(j);
+        for (const int end = end_whole(); j >= end; --j) step<true>(j);
 #pragma unroll UNROLL
-        for (; j >= w.first && whole(j); --j) step<false>(j);
+        for (const int first = first_whole(); j >= first; --j) step<false>(j);
         for (; j >= w.first; --j) step<true>(j);
         trace.enter(FOR_V), V.wait();
         weigh();
@@ -156,13 +156,13 @@ struct Consumer : Rows {
     DEVICE void scores() {
         trace.enter(QK);
         const u64 q = by_columns(shared_address(s.sQ[warpgroup]));
-        const u64 k = by_columns(shared_address(s.sK[K.stage]));
+        const u64 k = further(by_columns(shared_address(s.sK[0])), K.stage * (KV_BYTES >> 4));
         products_begin();
 #pragma unroll
         for (int c = 0; c < d / 16; ++c) {
             const int panel = c / 4, inside = c % 4 * NEXT_COLUMNS;
             const int in_Q = panel * (Q_PANEL >> 4) + inside, in_K = panel * (KV_PANEL >> 4) + inside;
-            if (c < HELD) Product<Bc, BF16>::columns(rS, rQ + 4 * c, k + in_K, c > 0);
+            if (c < HELD) Product<Bc, BF16>::columns(rS, rQ + 4 * c, k, in_K, c > 0);
             else Product<Bc, BF16>::tiles(rS, q, in_Q, k, in_K, c > 0);
         }
         products_commit();
@@ -171,10 +171,10 @@ struct Consumer : Rows {
     // O += P̃ V  [64, d]
     DEVICE void weigh() {
         trace.enter(PV);
-        const u64 v = by_rows(shared_address(s.sV[V.stage]), KV_PANEL);
+        const u64 v = further(by_rows(shared_address(s.sV[0]), KV_PANEL), V.stage * (KV_BYTES >> 4));
         products_begin();
 #pragma unroll
-        for (int c = 0; c < Bc / 16; ++c) Product<d, BF16>::rows(rO, rP + 4 * c, v + c * NEXT_ROWS);
+        for (int c = 0; c < Bc / 16; ++c) Product<d, BF16>::rows(rO, rP + 4 * c, v, c * NEXT_ROWS);
         products_commit();
     }
 

@@ -70,9 +70,8 @@ struct Consumer : Rows {
     DEVICE void take_scales() {
         const int head = w.batch * shape.H + w.head, block = min(i0, shape.N_q - 1) / scales.q_rows;
         unit = load(scales.Q + head * scales.q_blocks + min(block, scales.q_blocks - 1)) * shape.scale * LOG2_E;
-        worth = {1.f, 0.f, 1.f, 1.f};
-        if (!BLOCKED) unit *= load(scales.K + head / shape.group), worth.sigma = load(scales.V + head / shape.group);
-        sigma = worth.sigma;
+        worth = {1.f, 0.f};
+        if (!BLOCKED) unit *= load(scales.K + head / shape.group), sigma = load(scales.V + head / shape.group);
     }
 
     DEVICE void skip_K() {
@@ -96,16 +95,16 @@ struct Consumer : Rows {
         int j = w.end - 1;
         first(j--);
         skip_V();
-        for (; j >= w.first && !whole(j); --j) step<true>(j);
+        for (const int end = end_whole(); j >= end; --j) step<true>(j);
 #pragma unroll UNROLL
-        for (; j >= w.first && whole(j); --j) step<false>(j);
+        for (const int first = first_whole(); j >= first; --j) step<false>(j);
         for (; j >= w.first; --j) step<true>(j);
         trace.enter(FOR_V), V.wait();
         weigh();
     }
 
     DEVICE void first(int j) {
-        if (BLOCKED) worth = first_lane(s.worth[K.stage]), sigma = worth.sigma;
+        if (BLOCKED) worth = first_lane(s.worth[K.stage]), sigma = first_lane(s.sigma[K.stage]);
         trace.enter(FOR_S), products_wait<0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
@@ -123,16 +122,13 @@ struct Consumer : Rows {
         weigh();
         turn.pass();
         if (BLOCKED) worth = first_lane(s.worth[K.stage]);
+        if (BLOCKED && worth.fold == 0.f) bring_O_to(first_lane(s.sigma[K.stage]));
         trace.enter(FOR_S), products_wait<OVERLAP ? 1 : 0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
         exponentials<MASKED>(j);
         settled(rS);
         trace.enter(FOR_O);
-        if (BLOCKED && worth.sigma != sigma) {
-            const float ratio = __fdividef(sigma, worth.sigma);
-            softmax.alpha[0] *= ratio, softmax.alpha[1] *= ratio, sigma = worth.sigma;
-        }
         if (TWO_LEVEL) take_PV();
         if (softmax.changed()) products_wait<0>(rO), scale_rows(rO, softmax.alpha);
         products_wait<0>(rO);  // not before the softmax: ptxas would move it there, but for the branch
@@ -140,12 +136,20 @@ struct Consumer : Rows {
         take_P();
     }
 
+    // O in the unit of another scale of V.
+    DEVICE void bring_O_to(float scale) {
+        if (scale == sigma) return;
+        const float ratio = __fdividef(sigma, scale);
+        products_wait<0>(rO), scale_rows(rO, {ratio, ratio}), sigma = scale;
+        if (TWO_LEVEL) scale_rows(rT, {ratio, ratio});
+    }
+
     template <bool MASKED>
     DEVICE void exponentials(int j) {
         float of_S = unit * worth.K;
         if (SCORED) score(rS, of_S / LOG2_E), of_S = LOG2_E;
         if (MASKED) mask(rS, j);
-        softmax.follow(rS, of_S), softmax.weights(rS, of_S, worth.fold, worth.unfold);
+        softmax.follow(rS, of_S), softmax.weights(rS, of_S, worth.fold, BLOCKED ? exp2_approx(-worth.fold) : 1.f);
     }
 
     // S_j is there, so that the next K may come; if it was the last one, the next Q, too.
@@ -169,13 +173,13 @@ struct Consumer : Rows {
     DEVICE void scores() {
         trace.enter(QK);
         const u64 q = by_columns(shared_address(s.sQ[warpgroup]), WIDTH);
-        const u64 k = by_columns(shared_address(s.sK[K.stage]), WIDTH);
+        const u64 k = further(by_columns(shared_address(s.sK[0]), WIDTH), K.stage * (KV_BYTES >> 4));
         products_begin();
 #pragma unroll
         for (int c = 0; c < d / 32; ++c) {
             const int panel = c / (WIDTH / 32), inside = c % (WIDTH / 32) * NEXT_COLUMNS;
             const int in_Q = panel * (Q_PANEL >> 4) + inside, in_K = panel * (KV_PANEL >> 4) + inside;
-            if (c < HELD) Product<Bc, E4M3>::columns(rS, rQ + 4 * c, k + in_K, c > 0);
+            if (c < HELD) Product<Bc, E4M3>::columns(rS, rQ + 4 * c, k, in_K, c > 0);
             else Product<Bc, E4M3>::tiles(rS, q, in_Q, k, in_K, c > 0);
         }
         products_commit();
@@ -185,12 +189,12 @@ struct Consumer : Rows {
     DEVICE void weigh() {
         trace.enter(PV);
         float(&sum)[d / 2] = TWO_LEVEL ? rT : rO;
-        const u64 v = by_columns(shared_address(s.sV[V.stage]), DEEP);
+        const u64 v = further(by_columns(shared_address(s.sV[0]), DEEP), V.stage * (KV_BYTES >> 4));
         products_begin();
 #pragma unroll
         for (int c = 0; c < Bc / 32; ++c) {
             const int panel = c / (DEEP / 32), inside = c % (DEEP / 32) * NEXT_COLUMNS;
-            Product<d, E4M3>::columns(sum, rP + 4 * c, v + panel * (d * DEEP >> 4) + inside, !TWO_LEVEL || c > 0);
+            Product<d, E4M3>::columns(sum, rP + 4 * c, v, panel * (d * DEEP >> 4) + inside, !TWO_LEVEL || c > 0);
         }
         products_commit();
     }

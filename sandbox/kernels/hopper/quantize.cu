@@ -151,7 +151,7 @@ DEVICE void take(const Side &side, const u32 *flip, int index, float *of_warp, u
         return;
     }
     if (STEP == BLOCKS) {
-        scale = scale_of<Block>(most, of_warp, piece.row);
+        scale = scale_of<Block>(most, of_warp, mine ? piece.row : 0);
         if (piece.row % Block == 0 && piece.lane == 0 && i < side.N) scales[i / Block] = scale;
     } else {
         scale = scales[0];

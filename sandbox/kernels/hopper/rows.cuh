@@ -49,11 +49,15 @@ struct Rows {
         return tile + chunk / CHUNKS * (64 * Width) + r * Width + (chunk % CHUNKS ^ r * Width / 128 % CHUNKS) * 16;
     }
 
-    // Whether every row of the warpgroup sees every key of block j.
-    DEVICE bool whole(int j) const {
+    // Key blocks [first, end) whose every key every row of the warpgroup sees.
+    DEVICE int first_whole() const {
         const int last = min(i0 + 64, shape.N_q) - 1;
-        return (j + 1) * Bc <= shape.N_k &&
-               (!BANDED || (last + shape.lo <= j * Bc && (j + 1) * Bc - 1 <= i0 + shape.hi));
+        return BANDED ? max(w.first, (last + shape.lo + Bc - 1) / Bc) : w.first;
+    }
+
+    DEVICE int end_whole() const {
+        const int seen = BANDED ? min(shape.N_k, i0 + shape.hi + 1) : shape.N_k;
+        return max(w.first, seen / Bc);
     }
 
     // S scaled, and capped.

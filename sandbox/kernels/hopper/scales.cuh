@@ -14,11 +14,16 @@ struct Scales {
 };
 
 // What the first lane reads, which also gives K's stage back: for all of them.
+DEVICE float first_lane(const float &x) {
+    float mine = 0.f;
+    if (threadIdx.x % 32 == 0) mine = x;
+    return __shfl_sync(~0u, mine, 0);
+}
+
 DEVICE Worth first_lane(const Worth &worth) {
-    const auto read = [](const float &x) {
-        return __builtin_bit_cast(float, first_lane(~0u, reinterpret_cast<const int &>(x)));
-    };
-    return {read(worth.K), read(worth.fold), read(worth.unfold), read(worth.sigma)};
+    Worth mine = {};
+    if (threadIdx.x % 32 == 0) mine = worth;
+    return {__shfl_sync(~0u, mine.K, 0), __shfl_sync(~0u, mine.fold, 0)};
 }
 
 // Beside K's tiles: the worth of each block, in the order in which a row block visits them.
@@ -42,9 +47,10 @@ struct BesideK {
     // Of block j, in its stage; the scales of the next one are asked for.
     DEVICE void put(int stage, int j) {
         if (!BLOCKED) return;
-        float unfold = __fdividef(sigma, v);
-        if (unfold < 0.82f || unfold > 4.f) unfold = 1.f, sigma = v;
-        s.worth[stage] = {k, -log2_approx(unfold), unfold, sigma};
+        const float larger = __fdividef(v, sigma);
+        const bool moves = larger < 0.25f || larger > 1.22f;
+        if (moves) sigma = v;
+        s.worth[stage] = {k, moves ? 0.f : log2_approx(larger)}, s.sigma[stage] = sigma;
         const int after = max(j - 1, first);
         k = load(K + after), v = load(V + after);
     }

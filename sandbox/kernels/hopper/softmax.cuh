@@ -10,6 +10,7 @@
 #include "ptx.cuh"
 
 constexpr float NEG_INF = __builtin_bit_cast(float, 0xFF800000);
+constexpr float LOWEST = __builtin_bit_cast(float, 0xFF7FFFFF);  // finite: less NEG_INF it is no NaN
 
 // The row (0 or 1) that element e of a thread's accumulators belongs to, and its column in the tile.
 DEVICE constexpr int row_of(int e) { return e / 2 % 2; }
@@ -24,22 +25,49 @@ struct In8Bits {  // at most 2^(8.5 + 0.29) = 448, the largest number of e4m3: t
     static constexpr float ROOM = 0.5f, SLACK = 1.f, OFFSET = 8.f;
 };
 
+// The maxima of a thread's two rows, over the four lanes that share them.
+//
+// The card compares three integers at a time, of floats two.  Floats that are not all negative have the maximum that they
+// have as integers; where a row is negative, its warp starts again.
+template <int Size>
+DEVICE void maxima(const float (&rS)[Size], float (&top)[2]) {
+    int most[2] = {-1, -1};
+#pragma unroll
+    for (int e = 0; e < Size; e += 2) {
+        int &x = most[row_of(e)];
+        x = max(max(x, __builtin_bit_cast(int, rS[e])), __builtin_bit_cast(int, rS[e + 1]));
+    }
+#pragma unroll
+    for (int a = 0; a < 2; ++a) {
+        most[a] = max(most[a], __shfl_xor_sync(~0u, most[a], 1));
+        most[a] = max(most[a], __shfl_xor_sync(~0u, most[a], 2));
+        top[a] = __builtin_bit_cast(float, most[a]);
+    }
+    if (!__any_sync(~0u, most[0] < 0 || most[1] < 0)) return;
+    top[0] = top[1] = NEG_INF;
+#pragma unroll
+    for (int e = 0; e < Size; e += 2) top[row_of(e)] = fmaxf(top[row_of(e)], fmaxf(rS[e], rS[e + 1]));
+#pragma unroll
+    for (int a = 0; a < 2; ++a) {
+        top[a] = fmaxf(top[a], __shfl_xor_sync(~0u, top[a], 1));
+        top[a] = fmaxf(top[a], __shfl_xor_sync(~0u, top[a], 2));
+    }
+}
+
 template <class Leeway>
 struct Softmax {
-    float m[2] = {NEG_INF, NEG_INF};  // running maximum of the scores, or a little above or below, in powers of 2
-    float l[2] = {0.f, 0.f};          // running sum, this lane's part
-    float alpha[2];                   // exp(m_old - m): what O and l of before are worth now
+    float m[2] = {LOWEST, LOWEST};  // running maximum of the scores, or a little above or below, in powers of 2
+    float l[2] = {0.f, 0.f};        // running sum, this lane's part
+    float alpha[2];                 // exp(m_old - m): what O and l of before are worth now
 
     // m, and alpha.  unit > 0: log2 e, times the scale that S has not had yet.
     template <int Size>
     DEVICE void follow(const float (&rS)[Size], float unit) {
-        float top[2] = {NEG_INF, NEG_INF};
-#pragma unroll
-        for (int e = 0; e < Size; e += 2) top[row_of(e)] = fmaxf(top[row_of(e)], fmaxf(rS[e], rS[e + 1]));
+        float top[2];
+        maxima(rS, top);
 #pragma unroll
         for (int a = 0; a < 2; ++a) {
-            top[a] = fmaxf(top[a], __shfl_xor_sync(~0u, top[a], 1));
-            top[a] = fmaxf(top[a], __shfl_xor_sync(~0u, top[a], 2)) * unit;
+            top[a] *= unit;
             alpha[a] = 1.f;
             if (top[a] > m[a] + Leeway::ROOM) {
                 top[a] += Leeway::SLACK;
@@ -51,15 +79,13 @@ struct Softmax {
     // rS becomes P̃ = 2^(unit S - m + fold); l sums what P̃ is worth, unfold = 2^-fold.
     template <int Size>
     DEVICE void weights(float (&rS)[Size], float unit, float fold = 0.f, float unfold = 1.f) {
-        float to[2], sum[2] = {0.f, 0.f};
-#pragma unroll
-        for (int a = 0; a < 2; ++a)  // a row that has seen nothing: P̃ = 0
-            to[a] = Leeway::OFFSET + fold - (m[a] == NEG_INF ? 0.f : m[a]);
+        const float to[2] = {Leeway::OFFSET + fold - m[0], Leeway::OFFSET + fold - m[1]};
+        float sum[2];
 #pragma unroll
         for (int e = 0; e < Size; e += 2) {
             const int a = row_of(e);
             rS[e] = exp2_approx(rS[e] * unit + to[a]), rS[e + 1] = exp2_approx(rS[e + 1] * unit + to[a]);
-            sum[a] += rS[e] + rS[e + 1];
+            sum[a] = e < 4 ? rS[e] + rS[e + 1] : sum[a] + (rS[e] + rS[e + 1]);
         }
 #pragma unroll
         for (int a = 0; a < 2; ++a) l[a] = l[a] * alpha[a] + sum[a] * unfold;

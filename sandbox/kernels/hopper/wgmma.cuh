@@ -25,6 +25,9 @@ constexpr int NEXT_COLUMNS = 32 >> 4;
 
 // [keys, panels of 64 columns] whose keys are multiplied away (V): 16 keys further is 2,048 bytes further.
 DEVICE u64 by_rows(u32 panels, u32 panel_bytes) { return descriptor(panels, panel_bytes, 1024); }
+
+// The descriptor of what lies so many 16 bytes further: of its low word only, where the address is.
+DEVICE u64 further(u64 descriptor, u32 by) { return descriptor >> 32 << 32 | static_cast<u32>(descriptor) + by; }
 constexpr int NEXT_ROWS = 2048 >> 4;
 
 #ifndef EMULATED
@@ -94,68 +97,71 @@ template <int N, int Type>
 struct Product;
 
 // After N: the number of accumulators, then those of the operands behind them.
-#define PRODUCT(N, R, R1, R2, R3, R4, R5) \
+#define PRODUCT(N, R, R1, R2, R3, R4, R5, R6) \
     template <> \
     struct Product<N, HALF> { \
         TILES(N, "k16", "f16", ", 0, 0", R, R1, R2, R3, R4) \
-        COLUMNS(N, "k16", "f16", ", 0", R, R1, R2, R3, R4, R5) \
-        ROWS(N, "f16", R, R1, R2, R3, R4) \
+        COLUMNS(N, "k16", "f16", ", 0", R, R1, R2, R3, R4, R5, R6) \
+        ROWS(N, "f16", R, R1, R2, R3, R4, R5) \
     }; \
     template <> \
     struct Product<N, BFLOAT> { \
         TILES(N, "k16", "bf16", ", 0, 0", R, R1, R2, R3, R4) \
-        COLUMNS(N, "k16", "bf16", ", 0", R, R1, R2, R3, R4, R5) \
-        ROWS(N, "bf16", R, R1, R2, R3, R4) \
+        COLUMNS(N, "k16", "bf16", ", 0", R, R1, R2, R3, R4, R5, R6) \
+        ROWS(N, "bf16", R, R1, R2, R3, R4, R5) \
     }; \
     template <> \
     struct Product<N, E4M3> { \
         TILES(N, "k32", "e4m3", "", R, R1, R2, R3, R4) \
-        COLUMNS(N, "k32", "e4m3", "", R, R1, R2, R3, R4, R5) \
+        COLUMNS(N, "k32", "e4m3", "", R, R1, R2, R3, R4, R5, R6) \
     };
 #define TILES(N, K, TYPE, BY, R, R1, R2, R3, R4) \
     static DEVICE void tiles(float (&c)[R], u64 a, int a_on, u64 b, int b_on, int add) { \
         asm volatile( \
-            "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" #R4 ", 0;\n" \
-            "cvt.s64.s32 a, %" #R2 ";\nadd.s64 a, a, %" #R ";\ncvt.s64.s32 b, %" #R3 ";\nadd.s64 b, b, %" #R1 ";\n" \
+            "{\n.reg .pred add;\n.reg .b32 low, high;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" #R4 ", 0;\n" \
+            "mov.b64 {low, high}, %" #R ";\nadd.u32 low, low, %" #R2 ";\nmov.b64 a, {low, high};\n" \
+            "mov.b64 {low, high}, %" #R1 ";\nadd.u32 low, low, %" #R3 ";\nmov.b64 b, {low, high};\n" \
             "wgmma.mma_async.sync.aligned.m64n" #N K ".f32." TYPE "." TYPE " {" NAMES_TO_##R "}, a, b" \
             ", add, 1, 1" BY ";\n}" \
             : OPERANDS_TO_##R(c) \
             : "l"(a), "l"(b), "r"(a_on), "r"(b_on), "r"(add)); \
     }
-#define COLUMNS(N, K, TYPE, BY, R, R1, R2, R3, R4, R5) \
-    static DEVICE void columns(float (&c)[R], const u32 *a, u64 b, int add) { \
+#define COLUMNS(N, K, TYPE, BY, R, R1, R2, R3, R4, R5, R6) \
+    static DEVICE void columns(float (&c)[R], const u32 *a, u64 b, int b_on, int add) { \
         asm volatile( \
-            "{\n.reg .pred add;\nsetp.ne.b32 add, %" #R5 ", 0;\n" \
+            "{\n.reg .pred add;\n.reg .b32 low, high;\n.reg .b64 b;\nsetp.ne.b32 add, %" #R6 ", 0;\n" \
+            "mov.b64 {low, high}, %" #R4 ";\nadd.u32 low, low, %" #R5 ";\nmov.b64 b, {low, high};\n" \
             "wgmma.mma_async.sync.aligned.m64n" #N K ".f32." TYPE "." TYPE " {" NAMES_TO_##R "}, {%" #R ", %" #R1 \
-            ", %" #R2 ", %" #R3 "}, %" #R4 ", add, 1, 1" BY ";\n}" \
+            ", %" #R2 ", %" #R3 "}, b, add, 1, 1" BY ";\n}" \
             : OPERANDS_TO_##R(c) \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)); \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(b_on), "r"(add)); \
     }
-#define ROWS(N, TYPE, R, R1, R2, R3, R4) \
-    static DEVICE void rows(float (&c)[R], const u32 *a, u64 b) { \
+#define ROWS(N, TYPE, R, R1, R2, R3, R4, R5) \
+    static DEVICE void rows(float (&c)[R], const u32 *a, u64 b, int b_on) { \
         asm volatile( \
-            "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n" \
+            "{\n.reg .pred add;\n.reg .b32 low, high;\n.reg .b64 b;\nsetp.eq.b32 add, 0, 0;\n" \
+            "mov.b64 {low, high}, %" #R4 ";\nadd.u32 low, low, %" #R5 ";\nmov.b64 b, {low, high};\n" \
             "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NAMES_TO_##R "}, {%" #R ", %" #R1 \
-            ", %" #R2 ", %" #R3 "}, %" #R4 ", add, 1, 1, 1;\n}" \
+            ", %" #R2 ", %" #R3 "}, b, add, 1, 1, 1;\n}" \
             : OPERANDS_TO_##R(c) \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(b_on)); \
     }
 
-PRODUCT(16, 8, 9, 10, 11, 12, 13)
-PRODUCT(32, 16, 17, 18, 19, 20, 21)
-PRODUCT(48, 24, 25, 26, 27, 28, 29)
-PRODUCT(64, 32, 33, 34, 35, 36, 37)
-PRODUCT(80, 40, 41, 42, 43, 44, 45)
-PRODUCT(96, 48, 49, 50, 51, 52, 53)
-PRODUCT(112, 56, 57, 58, 59, 60, 61)
-PRODUCT(128, 64, 65, 66, 67, 68, 69)
-PRODUCT(144, 72, 73, 74, 75, 76, 77)
-PRODUCT(160, 80, 81, 82, 83, 84, 85)
-PRODUCT(176, 88, 89, 90, 91, 92, 93)
-PRODUCT(192, 96, 97, 98, 99, 100, 101)
-PRODUCT(208, 104, 105, 106, 107, 108, 109)
-PRODUCT(224, 112, 113, 114, 115, 116, 117)
-PRODUCT(240, 120, 121, 122, 123, 124, 125)
-PRODUCT(256, 128, 129, 130, 131, 132, 133)
+PRODUCT(16, 8, 9, 10, 11, 12, 13, 14)
+PRODUCT(32, 16, 17, 18, 19, 20, 21, 22)
+PRODUCT(48, 24, 25, 26, 27, 28, 29, 30)
+PRODUCT(64, 32, 33, 34, 35, 36, 37, 38)
+PRODUCT(80, 40, 41, 42, 43, 44, 45, 46)
+PRODUCT(96, 48, 49, 50, 51, 52, 53, 54)
+PRODUCT(112, 56, 57, 58, 59, 60, 61, 62)
+PRODUCT(128, 64, 65, 66, 67, 68, 69, 70)
+PRODUCT(144, 72, 73, 74, 75, 76, 77, 78)
+PRODUCT(160, 80, 81, 82, 83, 84, 85, 86)
+PRODUCT(176, 88, 89, 90, 91, 92, 93, 94)
+PRODUCT(192, 96, 97, 98, 99, 100, 101, 102)
+PRODUCT(208, 104, 105, 106, 107, 108, 109, 110)
+PRODUCT(224, 112, 113, 114, 115, 116, 117, 118)
+PRODUCT(240, 120, 121, 122, 123, 124, 125, 126)
+PRODUCT(256, 128, 129, 130, 131, 132, 133, 134)
 
 #endif
