@@ -123,7 +123,7 @@ class _Attention(torch.autograd.Function):
 
 
 def everything(device: torch.device) -> torch.Tensor:
-    """True, on this device: a mask that hides nothing.  Made once a stream, since streams do not wait for one another; a
+    """True, on this device: a mask that hides nothing.  Made once a stream, as streams do not wait for one another; a
     graph, which any stream may run, has its own."""
     if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
         return torch.ones((), dtype=torch.bool, device=device)
