@@ -10,6 +10,7 @@ import ctypes
 import gc
 import struct
 import threading
+import time
 import types
 import weakref
 from pathlib import Path
@@ -314,7 +315,7 @@ def test_threads_do_not_meet_in_a_launch_of_numbas(paper, numba):
 
 
 def test_our_part_of_a_launch_is_small(paper, attend, numba):
-    """What Python and ctypes take, the driver's own part left out; generously, as the machine may be busy."""
+    """What Python and ctypes take, the driver's own part left out; the clock stands while others have the processor."""
 
     class Plain(OnCuda):
         __torch_function__ = torch._C._disabled_torch_function_impl  # which costs more than all of ours
@@ -323,10 +324,10 @@ def test_our_part_of_a_launch_is_small(paper, attend, numba):
         torch.zeros(n).as_subclass(Plain) for n in ((1, 1, 1, 1), (1, 1), (1, 4, 64), (1, 64, 4, 128))
     )  # fmt: skip
     takes(paper, *ARRAY, *[8] * 9, 4, 4)
-    assert microseconds(lambda: numba(1, X, Y, 0.5, 2), calls=500) < 30
+    assert microseconds(lambda: numba(1, X, Y, 0.5, 2), calls=500, clock=time.thread_time) < 40
     takes(paper, MAP, 8, 8, 8, 40)
     attend(on_cuda(1, 64, 4, 128), LSE)
-    assert microseconds(lambda: attend(Q, LSE), calls=500) < 30
+    assert microseconds(lambda: attend(Q, LSE), calls=500, clock=time.thread_time) < 40
 
 
 # ---- measured -------------------------------------------------------------------------------------------------------
