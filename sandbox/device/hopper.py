@@ -75,7 +75,7 @@ class HopperLaunch:
     def __init__(self, file: Path, entry: str, threads: int, shared: int, defines: dict[str, int]):
         self.file, self.name, self.defines = file, entry, defines
         self.threads, self.shared = threads, shared
-        self._kernel, self._here, self._emulated = None, launches.Prepared(), 0
+        self._kernels, self._here, self._emulated = {}, launches.Prepared(), 0
 
     def __call__(self, grid: int, *args) -> None:
         if grid == 0:
@@ -120,12 +120,10 @@ class HopperLaunch:
             self._launch(grid, args)
 
     def _prepare(self, key: tuple, args) -> nvrtc.Launch:
-        if self._kernel is None:
-            self._kernel = nvrtc.Kernel(self.binary())
-        launch = self._here.launches[key] = self._kernel.prepare(
-            grid=(1, 1, 1), block=(self.threads, 1, 1), shared=self.shared,
-            args=[PARAMETER.get(type(a), type(a))() for a in args],
-        )  # fmt: skip
+        kernel = self._kernels.setdefault(key, nvrtc.Kernel(self.binary()))  # one of all threads
+        blank = [PARAMETER.get(type(a), type(a))() for a in args]
+        launch = kernel.prepare(grid=(1, 1, 1), block=(self.threads, 1, 1), shared=self.shared, args=blank)
+        self._here.launches[key] = launch
         return launch
 
     def binary(self) -> nvrtc.Binary:

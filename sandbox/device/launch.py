@@ -1,7 +1,8 @@
 """Launch: one kernel on a grid of blocks, on a GPU (compiled on first use, on torch's current stream) or simulated.
 
 On a GPU the first launch prepares a buffer for the arguments, and all others only write theirs into it: addresses,
-shapes and strides, so that no tensor outlives its call.  Each thread has buffers of its own.
+shapes and strides, so that no tensor outlives its call.  Each thread has buffers of its own.  (Numba's own launcher
+costs the host 38-103 µs a call.)
 """
 
 from __future__ import annotations
@@ -59,11 +60,10 @@ class Launch:
             launch.relaunch(grid, numbers)
 
     def _prepare(self, key: tuple, args) -> nvrtc.Launch:
-        if key not in self._kernels:
-            self._kernels[key] = nvrtc.Kernel(self.compiled(*args))
-        launch = self._here.launches[key] = self._kernels[key].prepare(
-            grid=(1, 1, 1), block=(self.threads, 1, 1), shared=self.shared, args=[kind() for kind in _parameters(args)]
-        )
+        kernel = self._kernels.setdefault(key, nvrtc.Kernel(self.compiled(*args)))  # one of all threads
+        blank = [kind() for kind in _parameters(args)]
+        launch = kernel.prepare(grid=(1, 1, 1), block=(self.threads, 1, 1), shared=self.shared, args=blank)
+        self._here.launches[key] = launch
         return launch
 
     def compiled(self, *args) -> nvrtc.Binary:
