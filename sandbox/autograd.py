@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+
 import torch
 
 from . import catalog, target
@@ -42,16 +45,13 @@ def attention(
     )  # fmt: skip
     device = target.device()
     check_place(q, device)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if any(s < 0 for s in x.stride()):
-            raise ValueError(f"{name} has strides {x.stride()}: expected none below 0")
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     deterministic = torch.are_deterministic_algorithms_enabled()
     backward = catalog.backward_of(forward, deterministic) if needs_grad else None
     tiles = [tile_of(tile, problem, device, x) for x in ([forward, backward] if needs_grad else [forward])]
     if device.simulated and not force:
         refuse_if_slow(problem, "fwd" if not needs_grad else "fwd+bwd", forward.pace)
-    seen = torch.ones((), dtype=torch.bool, device=q.device) if mask is None else mask
+    seen = everything(q.device) if mask is None else mask
     seen = seen.expand(problem.B, problem.H, *((1, 1) if mask is None else (problem.N_q, problem.N_k)))
     O, LSE = _Attention.apply(q, k, v, seen, problem, device, forward, backward, tiles)
     return (O, LSE) if return_lse else O
@@ -122,6 +122,22 @@ class _Attention(torch.autograd.Function):
         return dQ, dK, dV, *[None] * 6
 
 
+def everything(device: torch.device) -> torch.Tensor:
+    """True, on this device: a mask that hides nothing.  Made once a stream, as streams do not wait for one another; a
+    graph, which any stream may run, has its own."""
+    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        return torch.ones((), dtype=torch.bool, device=device)
+    return _everything(device, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+@functools.cache
+@torch.inference_mode(False)  # a backward keeps it
+def _everything(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.ones((), dtype=torch.bool, device=device)
+
+
 def on(device: torch.device):
     """A context: launches go to this device."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.autograd.profiler.record_function("sandbox")
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

@@ -191,6 +191,25 @@ def generations() -> list[str]:
     return sorted({v.generation for v in _all().values() if v.default and v.generation})
 
 
+def _settled(look):
+    """What a look finds in the package is found for good: no folder of prototypes takes its place."""
+    known: dict[tuple, Variant] = {}
+
+    @functools.wraps(look)
+    def find(*key, **options):
+        key += tuple(options.values())
+        try:
+            return known[key]
+        except (KeyError, TypeError):  # not yet; not hashable
+            variant = look(*key)
+        if file_of(variant.name).parent == PACKAGE:
+            known[key] = variant
+        return variant
+
+    return find
+
+
+@_settled
 def forward(name: str) -> Variant:
     """The forward kernel that a generation ('v1', 'v2') or a kernel's name stands for.
 
@@ -210,6 +229,7 @@ def forward(name: str) -> Variant:
     raise _unknown(name, names)
 
 
+@_settled
 def backward_of(forward: Variant, deterministic: bool = False) -> Variant:
     """The backward of the forward's generation: its default, or with `deterministic` one that always gives the same
     bits.  Raises ValueError where the generation has none."""

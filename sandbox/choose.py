@@ -16,6 +16,7 @@ from .variant import Device, Infeasible, Tile, Variant
 SIMULATED = Tile(16, 16)
 
 
+@functools.lru_cache(4096)
 def choose_tile(problem: Problem, device: Device, variant: Variant) -> Tile:
     """The tile for this problem.  Raises Infeasible where none fits."""
     if variant.usual is not None:

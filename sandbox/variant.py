@@ -75,9 +75,9 @@ SECONDS_PER_MULTIPLY_ADD = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
-    """One kernel file.
+    """One kernel file; equal to itself alone.
 
     direction   'fwd' | 'bwd' | 'softmax'
     generation  'v1' | 'v2': which backward a forward takes; None for neither
@@ -128,7 +128,12 @@ class Variant:
         bwd      launch(problem, Q, K, V, mask, O, LSE, dO, dQ, dK, dV)
         softmax  launch(X, Y)
         """
-        return _built(self, problem.kind, tile, device)
+        return _launcher(self, problem, tile, device)
+
+
+@functools.lru_cache(4096)
+def _launcher(variant: Variant, problem: Problem, tile: Tile, device: Device) -> Callable:
+    return _built(variant, problem.kind, tile, device)
 
 
 @functools.cache

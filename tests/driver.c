@@ -2,12 +2,15 @@
    NVIDIA's own cuda.h declares them, so a wrong prototype does not compile. */
 #include <cuda.h>
 #include <string.h>
+#include <unistd.h>
 #define HANDLE(type, n) ((type)(size_t)(n))
 
 int failing, module_fails, contexts, launches, static_shared, parameter_count, attributes[64], threads = 1024;
-size_t parameters[8];
+int encoded, slow;              /* maps; microseconds that a launch takes to look at its arguments */
+size_t parameters[128];
 unsigned config[10];            /* grid, block, shared, cluster */
-unsigned char arguments[1024];  /* one after another */
+unsigned char arguments[4096];  /* one after another */
+unsigned char kept[64][4096];    /* the arguments of each launch */
 unsigned long long stream;
 struct { unsigned long long start, sizes[5], strides[4]; unsigned box[5], steps[5], rank, type, modes[4]; } map;
 
@@ -63,9 +66,13 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **v
         if (c->attrs[a].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
             memcpy(config + 7, &c->attrs[a].value.clusterDim, 3 * sizeof *config);
     stream = (size_t)c->hStream;
-    unsigned char *to = arguments;
-    for (int p = 0; p < parameter_count; to += parameters[p++]) memcpy(to, values[p], parameters[p]);
-    ++launches;
+    const int n = __sync_fetch_and_add(&launches, 1) % 64;
+    unsigned char *to = kept[n];
+    for (int p = 0; p < parameter_count; to += parameters[p++]) {
+        if (slow) usleep(slow);
+        memcpy(to, values[p], parameters[p]);
+    }
+    memcpy(arguments, kept[n], sizeof arguments);
     return 0;
 }
 CUresult cuTensorMapEncodeTiled(
@@ -74,6 +81,9 @@ CUresult cuTensorMapEncodeTiled(
     CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
     if ((size_t)out % 64 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
     memset(out, 0x5A, sizeof *out);
+    out->opaque[0] = (size_t)start;
+    memcpy(out->opaque + 1, sizes, rank * sizeof *sizes), memcpy(out->opaque + 6, strides, (rank - 1) * sizeof *strides);
+    ++encoded;
     map.start = (size_t)start, map.rank = rank, map.type = type;
     memcpy(map.sizes, sizes, rank * sizeof *sizes), memcpy(map.strides, strides, (rank - 1) * sizeof *strides);
     memcpy(map.box, box, rank * sizeof *box), memcpy(map.steps, steps, rank * sizeof *steps);
@@ -81,7 +91,7 @@ CUresult cuTensorMapEncodeTiled(
     return 0;
 }
 CUresult cuTensorMapReplaceAddress(CUtensorMap *out, void *start) {
-    memset(out, (size_t)start / 16 % 256, 16);
+    out->opaque[0] = (size_t)start;
     return (size_t)out % 64 ? CUDA_ERROR_INVALID_VALUE : 0;
 }
 CUresult cuGetErrorName(CUresult code, const char **name) { *name = "CUDA_ERROR_MADE_UP"; return code == 999; }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sandbox
-from sandbox import Mask, Problem, catalog, reference, target
+from sandbox import Mask, Problem, autograd, catalog, reference, target
 from sandbox.measure import gate
 from sandbox.measure.memory import peak_bytes
 from sandbox.variant import Tile
@@ -70,6 +70,17 @@ def test_gradients_reach_only_what_asks_for_them():
     k.requires_grad_()
     sandbox.attention(q, k, v).sum().backward()
     assert k.grad is not None and q.grad is None and v.grad is None
+
+
+def test_gradients_after_inference_mode():
+    """What a call keeps for the next ones may be kept by a backward."""
+    autograd._everything.cache_clear()
+    x = qkv(grad=True)
+    with torch.inference_mode():
+        O = sandbox.attention(*x)
+    y = sandbox.attention(*x)
+    y.sum().backward()
+    assert torch.equal(O, y) and all(z.grad.isfinite().all() for z in x)
 
 
 def test_deterministic_algorithms_choose_a_deterministic_backward():

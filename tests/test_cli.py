@@ -86,6 +86,20 @@ def test_a_copy_is_a_kernel_of_its_own(folder, parent):
     assert "from .." not in file.read_text() and "Parent " + parent in file.read_text()
 
 
+def test_a_prototype_is_looked_for_every_time(folder, monkeypatch):
+    """What the package has is not: no prototype takes its place."""
+    prototype.create("my_idea", "fwd_v2", folder)
+    catalog._read.cache_clear()
+    ours, theirs = catalog.forward("my_idea"), catalog.forward("v2")
+    assert catalog.file_of(ours.name).parent == folder and catalog.backward_of(ours) is catalog.backward_of(theirs)
+    monkeypatch.setenv("SANDBOX_PROTOTYPES", "")
+    with pytest.raises(ValueError, match="my_idea"):
+        catalog.forward("my_idea")
+    assert catalog.forward("v2") is theirs and catalog.forward(name="fwd_v2") is theirs
+    with pytest.raises(TypeError, match=r"variant=\['v2'\]: expected a generation"):
+        catalog.forward(["v2"])
+
+
 def test_a_copy_gives_the_same_bits(folder, torch_device):
     prototype.create("my_idea", "fwd_v2", folder)
     catalog._read.cache_clear()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import struct
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -247,3 +249,33 @@ def compile_from_threads(folder: Path) -> tuple[int, int]:
 
 def test_first_compilation_from_threads(compiler, tmp_path):
     assert compiler.submit(compile_from_threads, tmp_path).result() == (1, 1)
+
+
+def parameters(name: str, folder: Path) -> list[tuple[str, list, list]]:
+    """(kernel, what its binary takes, what a launch packs) of each that this variant launches: (offset, bytes)."""
+    from sandbox.device import launch
+    from sandbox.nvrtc.arguments import Arguments
+
+    found, compiled = [], launch.Launch.compiled
+
+    def look(self, *args):
+        binary, table = compiled(self, *args), {}
+        for match in re.finditer(rb"\x04\x17\x0c\x00", binary.cubin):  # EIATTR_KPARAM_INFO
+            _, number, offset, flags = struct.unpack_from("<IHHI", binary.cubin, match.end())
+            table[number] = offset, flags >> 18
+        arguments = Arguments([kind() for kind in launch._parameters(args)])
+        arguments.fill(launch._packed(args)[1])
+        found.append((self.name, [table[n] for n in sorted(table)], [*zip(arguments.offsets, arguments.sizes)]))
+        return binary
+
+    with mock.patch.object(launch.Launch, "compiled", look):
+        compile_attention(name, Problem(1, 4, 2, 64, 64, 64, "bf16", mask=BOTH), folder)
+    return found
+
+
+@pytest.mark.parametrize("name", ["fwd_v2", "bwd_v2"])
+def test_arguments_are_packed_as_the_binary_takes_them(name, compiler, folder):
+    found = compiler.submit(parameters, name, folder).result()
+    assert len(found) == (1 if name == "fwd_v2" else 3)
+    for kernel, takes, packed in found:
+        assert takes and takes == packed, kernel

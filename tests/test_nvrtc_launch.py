@@ -6,20 +6,16 @@ against the original; it keeps what it is given.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import shutil
 import struct
-import subprocess
-import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cuda_driver import OnCuda, driver_file_fixture, fake_fixture, number, on_cuda, takes  # noqa: F401
 from cuda_sources import cache_fixture, microseconds, saxpy_fixture, unloaded_fixture  # noqa: F401
 
-from sandbox import nvrtc, target
+from sandbox import nvrtc
 from sandbox.nvrtc import library, module, tensor_map
 from sandbox.nvrtc.arguments import Arguments
 
@@ -160,54 +156,6 @@ class Map(ctypes.Structure):
     ]  # fmt: skip
 
 
-class OnCuda(torch.Tensor):
-    """A tensor of the CPU that says it is on the GPU."""
-
-    is_cuda = property(lambda self: True)
-    device = property(lambda self: torch.device("cuda:0"))
-
-    def get_device(self):
-        return 0
-
-
-def on_cuda(*shape, **kind):
-    return torch.zeros(*shape, **kind).as_subclass(OnCuda)
-
-
-@pytest.fixture(scope="module")
-def driver_file(tmp_path_factory):
-    cc = shutil.which("cc")
-    if cc is None:
-        pytest.skip("there is no C compiler, cc, to make a driver with")
-    source, made = Path(__file__).with_name("driver.c"), tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    subprocess.run([cc, "-shared", "-fPIC", "-O1", f"-I{library.headers()[0]}", "-o", made, source], check=True)
-    return made
-
-
-@pytest.fixture
-def fake(driver_file, unloaded, monkeypatch, tmp_path):
-    """The driver of C, as the one of this machine; torch says what it would with a GPU."""
-    loaded = shutil.copy(driver_file, tmp_path / "libcuda.so.1")  # its variables are fresh
-    properties = types.SimpleNamespace(name="paper", major=9, minor=0, shared_memory_per_block_optin=232_448)
-    monkeypatch.setattr(target, "_why_no_gpu", lambda: None)
-    monkeypatch.setattr(library, "DRIVER", str(loaded))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0xABC, raising=False)
-    return ctypes.CDLL(str(loaded))
-
-
-def number(fake, name: str, kind=ctypes.c_int):
-    return kind.in_dll(fake, name)
-
-
-def takes(fake, *sizes: int):
-    """The driver's kernel has parameters of these sizes."""
-    number(fake, "parameter_count").value = len(sizes)
-    number(fake, "parameters", ctypes.c_size_t * 8)[: len(sizes)] = sizes
-
-
 @pytest.fixture
 def kernel(fake, saxpy, cache):
     takes(fake, 8, 8, 4, 4)
@@ -296,7 +244,7 @@ def test_a_map_is_encoded_and_passed_by_value(fake, kernel):
     assert list(seen.box)[:4] == [64, 64, 1, 1] and list(seen.steps)[:4] == [1] * 4
     assert list(seen.modes) == [0, tensor_map.SWIZZLE["128B"], tensor_map.L2_PROMOTION["64B"], 0]
     kernel.prepare(grid=(1, 1, 1), block=(32, 1, 1), args=[1, Q_map])()
-    assert bytes(number(fake, "arguments", ctypes.c_ubyte * 132)) == struct.pack("<i", 1) + b"\x5a" * 128
+    assert bytes(number(fake, "arguments", ctypes.c_ubyte * 132)) == struct.pack("<i", 1) + bytes(Q_map.opaque)
     with pytest.raises(ValueError, match="tensor is on cpu: expected cuda"):
         nvrtc.TensorMap.tiled(torch.zeros(64, 64), (8, 32))
 
@@ -305,12 +253,12 @@ def test_a_map_moves_to_another_tensor(fake, kernel):
     takes(fake, 128)
     x, y = on_cuda(2, 16, 64, dtype=torch.float16)
     x_map = nvrtc.TensorMap.tiled(x, (8, 64))
-    launch = kernel.prepare(grid=(1, 1, 1), block=(32, 1, 1), args=[x_map])
+    launch, before = kernel.prepare(grid=(1, 1, 1), block=(32, 1, 1), args=[x_map]), bytes(x_map.opaque)
     launch.update(0, y)
     launch()
-    moved = bytes([y.data_ptr() // 16 % 256] * 16)
-    assert bytes(number(fake, "arguments", ctypes.c_ubyte * 128)) == moved + b"\x5a" * 112
-    assert bytes(x_map.opaque) == b"\x5a" * 128 and x_map.tensor is x  # the map that was given stays as it was
+    moved = struct.pack("<Q", y.data_ptr()) + before[8:]
+    assert bytes(number(fake, "arguments", ctypes.c_ubyte * 128)) == moved
+    assert bytes(x_map.opaque) == before and x_map.tensor is x  # the map that was given stays as it was
     for other in on_cuda(16, 64), on_cuda(8, 64, dtype=torch.float16), on_cuda(64, 16, dtype=torch.float16).mT:
         with pytest.raises(
             ValueError,
@@ -320,7 +268,7 @@ def test_a_map_moves_to_another_tensor(fake, kernel):
     with pytest.raises(ValueError, match="tensor starts 2 bytes after a multiple of 16"):
         launch.update(0, ragged(16, 64, start=1).as_subclass(OnCuda))
     launch()
-    assert bytes(number(fake, "arguments", ctypes.c_ubyte * 128))[:16] == moved
+    assert bytes(number(fake, "arguments", ctypes.c_ubyte * 128)) == moved
 
 
 def test_a_kernel_for_another_gpu(fake, kernel):

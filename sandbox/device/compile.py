@@ -1,19 +1,16 @@
-"""From a Python kernel to an sm_90a binary, with or without a GPU, kept on disk; and its launch.
+"""From a Python kernel to an sm_90a binary, with or without a GPU, kept on disk.
 
 Numba's public compiler gives PTX, nvJitLink a cubin and ptxas's report.  cubin.py keeps them under a key that covers
 the code of the kernel and of all it calls, their constants, the argument types and the compiler's versions, so an
 edited kernel or another tile never meets an old binary.
-Numba's own launcher costs 38-103 µs a call; here arguments are packed once a call and given to cuLaunchKernel.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dis
 import functools
 import gc
 import importlib.metadata
-import os
 import re
 import threading
 import types as python_types
@@ -21,11 +18,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from cuda.bindings import driver, nvjitlink
+from cuda.bindings import nvjitlink
 from numba import cuda
 from numba.cuda import types
 
 from ..cubin import Report, file_of, read, write
+from ..nvrtc import Binary
 
 _lock = threading.RLock()
 _ELEMENT = {
@@ -36,62 +34,6 @@ _ELEMENT = {
     torch.uint8: types.uint8,
     torch.int32: types.int32,
 }
-
-
-class Binary:
-    """A cubin and its report; loaded into a CUDA context on its first launch there."""
-
-    def __init__(self, cubin: bytes, report: Report):
-        self.cubin, self.report = cubin, report
-        self._function, self._shared = {}, {}
-
-    def launch(self, grid: int, threads: int, shared: int, args) -> None:
-        """Launches on torch's current device and stream.  Raises RuntimeError where the driver refuses."""
-        function = self._load(shared)
-        values, kinds = [], []
-        for a in args:
-            _pack(a, values, kinds)
-        stream = torch.cuda.current_stream().cuda_stream
-        _check(driver.cuLaunchKernel(
-            function, grid, 1, 1, threads, 1, 1, shared, stream, (tuple(values), tuple(kinds)), 0
-        ))  # fmt: skip
-        if os.environ.get("SANDBOX_SYNC") == "1":
-            torch.cuda.synchronize()
-
-    def _load(self, shared: int):
-        index = torch.cuda.current_device()
-        if index not in self._function:
-            torch.cuda.current_stream()  # makes the primary context current
-            torch.empty(1, device="cuda")
-            module = _check(driver.cuModuleLoadData(self.cubin))
-            self._function[index] = _check(driver.cuModuleGetFunction(module, self.report.entry.encode())), module
-        function = self._function[index][0]
-        if shared > max(48 << 10, self._shared.get(index, 0)):
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(driver.cuFuncSetAttribute(function, attribute, shared))
-            self._shared[index] = shared
-        return function
-
-
-def _check(result):
-    error, *values = result
-    if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"CUDA driver: {error.name}")
-    return values[0] if values else None
-
-
-def _pack(a, values: list, kinds: list) -> None:
-    """One argument as the Numba ABI takes it: an array is its struct, member by member."""
-    if isinstance(a, torch.Tensor):
-        size = a.element_size()
-        values += [0, 0, a.numel(), size, a.data_ptr(), *a.shape, *(s * size for s in a.stride())]
-        kinds += [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_void_p] + [ctypes.c_int64] * (2 * a.ndim)
-    elif isinstance(a, float):
-        values.append(a)
-        kinds.append(ctypes.c_float)
-    else:
-        values.append(int(a))
-        kinds.append(ctypes.c_int32)
 
 
 def signature(args) -> tuple:
@@ -118,7 +60,7 @@ def kernel(function, argument_types: tuple, threads: int) -> Binary:
     file = file_of(function.__name__, (_fingerprint(function), argument_types, threads, arch, _versions()))
     with _lock:
         if (kept := read(file)) is not None:
-            return Binary(*kept)
+            return Binary(*kept, arch)
         binary = _compile(function, argument_types, threads, arch)
         write(file, binary.cubin, binary.report)
         return binary
@@ -146,7 +88,7 @@ def _compile(function, argument_types, threads, arch) -> Binary:
     log = log.decode(errors="replace")
     if (report := Report.of(entry, log)) is None:
         raise RuntimeError(f"nvJitLink compiled {function.__name__} without reporting on it; its log: {log!r}")
-    return Binary(bytes(cubin), report)
+    return Binary(bytes(cubin), report, arch)
 
 
 @contextmanager

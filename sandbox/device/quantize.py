@@ -65,7 +65,7 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
         }  # fmt: skip
         tiles = zip((q, k, v), (q8, k8, v8), found, (q_rows, kv_rows, kv_rows))
         sides = [_side(*one) for one in tiles]
-        flip = (ctypes.c_uint32 * 8)(*(_bits(signs(d, seed)) if incoherent else ()))
+        flip = _flip(d, seed) if incoherent else NO_FLIP
         blocks = B * (H * sides[0].tiles + H_kv * (sides[1].tiles + sides[2].tiles))
         shared = kv_rows * (d + 8) + 4 * MOST_THREADS // 32
         launch = _launch(tuple(defines.items()), max(q_rows, kv_rows) * d // NUMBERS, shared)
@@ -122,10 +122,16 @@ def _side(x, to, scale, rows) -> Side:
     return Side(*pointers, batch, row, head, N, H, scale.shape[2], -(-N // rows))
 
 
-def _bits(signs) -> list[int]:
+NO_FLIP = (ctypes.c_uint32 * 8)()
+
+
+@functools.lru_cache(64)
+def _flip(d: int, seed: int) -> ctypes.Array:
     """Bit c % 32 of word c // 32 is set where sign c is negative."""
-    negative = (signs < 0).tolist()
-    return [sum(bit << n for n, bit in enumerate(negative[c : c + 32])) for c in range(0, len(negative), 32)]
+    negative = (signs(d, seed) < 0).tolist()
+    return (ctypes.c_uint32 * 8)(
+        *(sum(bit << n for n, bit in enumerate(negative[c : c + 32])) for c in range(0, d, 32))
+    )
 
 
 @functools.cache

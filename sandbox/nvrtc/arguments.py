@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from .tensor_map import ALIGNMENT, TensorMap
 
 BY_VALUE = (ctypes.Structure, ctypes.Array, ctypes._SimpleCData)
+CODES = {ctypes.c_void_p: "Q", ctypes.c_int64: "q", ctypes.c_int32: "i", ctypes.c_float: "f"}  # others: their bytes
 
 
 class Arguments:
@@ -24,16 +26,18 @@ class Arguments:
         packed = [_packed(index, value) for index, value in enumerate(self.values)]
         self.types = [type(value) for value in packed]
         self.sizes = [ctypes.sizeof(kind) for kind in self.types]
-        self.offsets, end = [], 0
+        self.offsets, end, codes = [], 0, "="
         for kind, size in zip(self.types, self.sizes):
             alignment = getattr(kind, "alignment", None) or ctypes.alignment(kind)
             self.offsets.append(-(-end // alignment) * alignment)
+            codes += "x" * (self.offsets[-1] - end) + CODES.get(kind, f"{size}s")
             end = self.offsets[-1] + size
+        self._all = struct.Struct(codes)
         self._memory = ctypes.create_string_buffer(end + ALIGNMENT)
-        start = ctypes.addressof(self._memory)
-        start += -start % ALIGNMENT
-        self._addresses = [start + offset for offset in self.offsets]
-        self.pointers = (ctypes.c_void_p * len(packed))(*self._addresses)
+        self._start = -ctypes.addressof(self._memory) % ALIGNMENT
+        start = ctypes.addressof(self._memory) + self._start
+        self.addresses = [start + offset for offset in self.offsets]
+        self.pointers = (ctypes.c_void_p * len(packed))(*self.addresses)
         for index, value in enumerate(packed):
             self._put(index, value)
 
@@ -45,8 +49,12 @@ class Arguments:
         self._put(index, packed)
         self.values[index] = value
 
+    def fill(self, numbers: Sequence) -> None:
+        """All values anew, at once: pointers, ints and floats as numbers, all else as bytes.  None is kept alive."""
+        self._all.pack_into(self._memory, self._start, *numbers)
+
     def _put(self, index: int, packed) -> None:
-        ctypes.memmove(self._addresses[index], ctypes.addressof(packed), self.sizes[index])
+        ctypes.memmove(self.addresses[index], ctypes.addressof(packed), self.sizes[index])
 
 
 def _packed(index: int, value):

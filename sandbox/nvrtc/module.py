@@ -2,6 +2,7 @@
 
 It lives in the primary context, which is torch's, and runs on torch's current stream.  Numba's launcher costs 38-103 µs
 a call; here all but the stream is packed when a launch is prepared, and a call is little more than cuLaunchKernelEx.
+Where every call has other tensors, `relaunch` writes all arguments anew: that is how our kernels are launched.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from . import library
 from .arguments import Arguments
 from .compile import Binary
-from .tensor_map import TensorMap
+from .tensor_map import TensorMap, check_start
 
 THREADS, STATIC_SHARED, DYNAMIC_SHARED, NON_PORTABLE_CLUSTER = 0, 1, 8, 14  # CUfunction_attribute
 CLUSTER_DIMENSION = 4  # CUlaunchAttributeID
@@ -102,13 +103,34 @@ class Launch:
         self._call = library.driver().cuLaunchKernelEx
         self._given = ctypes.addressof(self._config), function.handle, ctypes.addressof(arguments.pointers), None
         self._stream = torch._C._cuda_getCurrentRawStream  # torch.cuda.current_stream makes an object first
-        self._wait = os.environ.get("SANDBOX_SYNC") == "1"
+        self._move = library.driver().cuTensorMapReplaceAddress
 
     def __call__(self) -> None:
         """Launches on torch's current stream of its device.  Raises CallError where the driver refuses."""
-        if torch.cuda.current_device() != self.device:
+        if torch.cuda.current_device() == self.device:
+            self._run()
+        else:
             with torch.cuda.device(self.device):
-                return self()
+                self._run()
+
+    def relaunch(self, grid: int, numbers: Sequence, moved: Sequence[tuple[int, int]] = ()) -> None:
+        """Launches so many blocks, with all arguments anew, where its device is current.
+
+        numbers  as Arguments.fill takes them; of a tensor its address, and nothing keeps it alive
+        moved    (index, address) of each tensor map that is to be another tensor's, of the same shape and strides
+        Raises ValueError on a grid or an address that cannot be, struct.error on what a parameter cannot hold.
+        """
+        if not 1 <= grid <= LARGEST["grid"][0]:
+            raise ValueError(f"grid={grid}: expected 1 to {LARGEST['grid'][0]} blocks")
+        self._config.grid[0] = grid
+        self._arguments.fill(numbers)
+        for index, address in moved:
+            if address % 16:
+                check_start(address)
+            self._move(self._arguments.addresses[index], address)
+        self._run()
+
+    def _run(self) -> None:
         self._config.stream = self._stream(self.device)
         try:
             self._call(*self._given)
@@ -117,7 +139,7 @@ class Launch:
                 raise
             _enter(self.device)
             self._call(*self._given)
-        if self._wait:
+        if os.environ.get("SANDBOX_SYNC") == "1":
             torch.cuda.synchronize()
 
     def update(self, index: int, value) -> None:

@@ -74,7 +74,7 @@ class TensorMap:
         if tensor.dtype != old.dtype or tensor.shape != old.shape or tensor.stride() != old.stride():
             found, expected = (f"{x.dtype}, shape {tuple(x.shape)}, strides {x.stride()}" for x in (tensor, old))
             raise ValueError(f"tensor is {found}: expected {expected}, as before")
-        _check_start(tensor)
+        check_start(tensor.data_ptr())
         opaque = _aligned()
         ctypes.memmove(ctypes.addressof(opaque), ctypes.addressof(self.opaque), ctypes.sizeof(Opaque))
         library.driver().cuTensorMapReplaceAddress(ctypes.addressof(opaque), tensor.data_ptr())
@@ -86,8 +86,8 @@ def _aligned() -> Opaque:
     return Opaque.from_buffer(raw, -ctypes.addressof(raw) % ALIGNMENT)
 
 
-def _check_start(tensor: torch.Tensor) -> None:
-    if past := tensor.data_ptr() % 16:
+def check_start(address: int) -> None:
+    if past := address % 16:
         raise ValueError(f"tensor starts {past} bytes after a multiple of 16: expected at one")
 
 
@@ -105,7 +105,7 @@ def layout(tensor: torch.Tensor, box: tuple[int, ...], swizzle: str) -> tuple[li
         raise ValueError(f"tensor has shape {shape}: expected 2 to 5 dimensions")
     if not all(0 < n <= 2**32 for n in shape):
         raise ValueError(f"tensor has shape {shape}: expected 1 to 2**32 elements along each dimension")
-    _check_start(tensor)
+    check_start(tensor.data_ptr())
     if shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"tensor.stride(-1) is {tensor.stride(-1)}: expected 1, its last dimension contiguous")
     strides = [tensor.stride(n) * size if shape[n] > 1 else 16 for n in range(len(shape) - 1)]  # of one, any would do
