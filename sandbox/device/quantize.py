@@ -32,7 +32,7 @@ class Side(ctypes.Structure):
 
 class Sides(ctypes.Structure):
     _fields_ = [("Q", Side), ("K", Side), ("V", Side), ("heads_q", ctypes.c_int), ("heads_kv", ctypes.c_int)]
-    _fields_ += [("flip", ctypes.c_uint32 * 8)]
+    _fields_ += [("flip", ctypes.c_uint32 * 128)]
 
 
 @torch.no_grad()
@@ -122,16 +122,15 @@ def _side(x, to, scale, rows) -> Side:
     return Side(*pointers, batch, row, head, N, H, scale.shape[2], -(-N // rows))
 
 
-NO_FLIP = (ctypes.c_uint32 * 8)()
+NO_FLIP = (ctypes.c_uint32 * 128)()
 
 
 @functools.lru_cache(64)
 def _flip(d: int, seed: int) -> ctypes.Array:
-    """Bit c % 32 of word c // 32 is set where sign c is negative."""
+    """The sign bits of columns 2n and 2n + 1 in the halves of word n, set where the sign is negative."""
     negative = (signs(d, seed) < 0).tolist()
-    return (ctypes.c_uint32 * 8)(
-        *(sum(bit << n for n, bit in enumerate(negative[c : c + 32])) for c in range(0, d, 32))
-    )
+    words = ((low << 15) | (high << 31) for low, high in zip(negative[::2], negative[1::2]))
+    return (ctypes.c_uint32 * 128)(*words)
 
 
 @functools.cache

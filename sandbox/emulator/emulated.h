@@ -90,7 +90,8 @@ struct Barrier {
 struct Meeting {  // of some threads: a named barrier, a warp, a warpgroup
     u32 arrived = 0, threads = 0;
     u64 generation = 0;
-    u64 value[2][32];
+    u64 value[2][32];          // by lane
+    bool any[2] = {};          // whether any value is not 0
 };
 
 struct Block {
@@ -213,8 +214,9 @@ inline const u64 *meet(const std::string &name, u32 threads, u64 value = 0) {
     Meeting &m = block->meetings[name];
     const u64 mine = m.generation;
     m.value[mine % 2][threadIdx.x % 32] = value;
+    m.any[mine % 2] |= value != 0;
     m.threads = threads;
-    if (++m.arrived == threads) m.arrived = 0, ++m.generation, block->progress = true;
+    if (++m.arrived == threads) m.arrived = 0, ++m.generation, m.any[m.generation % 2] = false, block->progress = true;
     until(name, [&] { return m.generation != mine; });
     return m.value[mine % 2];
 }
@@ -415,6 +417,12 @@ inline void named_arrive(u32 name, u32 threads) {
 }
 
 inline void __syncthreads() { emulated::meet("__syncthreads", emulated::block->threads.size()); }
+inline bool __syncthreads_or(bool mine) {
+    const emulated::Meeting &m = emulated::block->meetings["__syncthreads"];
+    const u64 generation = m.generation;
+    emulated::meet("__syncthreads", emulated::block->threads.size(), mine);
+    return m.any[generation % 2];
+}
 inline void __syncwarp(u32 lanes) {
     if (lanes == ~0u) emulated::meet(emulated::warp(), 32);
     else if (lanes != 1u << threadIdx.x % 32) emulated::fail("lanes that are neither a warp nor this one");
@@ -534,18 +542,23 @@ inline void store_8_bytes(void *to, const u32 (&x)[2]) {
     std::memcpy(to, x, 8);
 }
 
-inline void raise(float *to, float x) { *to = max(*to, x); }
+inline void raise(int *to, int x) { *to = max(*to, x); }
 
-inline float largest(float x) {
-    u32 bits;
-    std::memcpy(&bits, &x, 4);
-    const u64 *all = emulated::meet(emulated::warp(), 32, bits);
-    bits = u32(*std::max_element(all, all + 32));  // of x >= 0 as of their bits
-    std::memcpy(&x, &bits, 4);
-    return x;
+inline float max_or_nan(float a, float b) {
+    return std::isnan(a) || std::isnan(b) ? __builtin_bit_cast(float, 0x7FFFFFFF) : max(a, b);
 }
 
-inline bool finite(float x) { return std::isfinite(x); }
+inline int largest(int x) {  // of x >= 0
+    const u64 *all = emulated::meet(emulated::warp(), 32, x);
+    return int(*std::max_element(all, all + 32));
+}
+
+inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
+    const u64 both = a | u64(b) << 32;
+    u32 chosen = 0;
+    for (int n = 0; n < 4; ++n) chosen |= u32(both >> 8 * (selector >> 4 * n & 7) & 0xFF) << 8 * n;
+    return chosen;
+}
 
 inline float exp2_approx(float x) { return exp2f(x); }
 

@@ -164,13 +164,17 @@ DEVICE void load_16_bytes(const void *from, u32 (&to)[4]) {
 DEVICE void store_16_bytes(void *to, const u32 (&x)[4]) { *static_cast<uint4 *>(to) = {x[0], x[1], x[2], x[3]}; }
 DEVICE void store_8_bytes(void *to, const u32 (&x)[2]) { *static_cast<uint2 *>(to) = {x[0], x[1]}; }
 
-// *to becomes x where that is larger; neither is below 0.
-DEVICE void raise(float *to, float x) { atomicMax(reinterpret_cast<int *>(to), __float_as_int(x)); }
+// *to becomes x where that is larger.
+DEVICE void raise(int *to, int x) { atomicMax(to, x); }
 
-// Of x >= 0 over the lanes of the warp.
-DEVICE float largest(float x) { return __int_as_float(__reduce_max_sync(~0u, __float_as_int(x))); }
+DEVICE float max_or_nan(float a, float b) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;  // 0x7FFFFFFF where one is NaN
+}
 
-DEVICE bool finite(float x) { return fabsf(x) < __builtin_bit_cast(float, 0x7F800000); }
+// Of the lanes of the warp.
+DEVICE int largest(int x) { return __reduce_max_sync(~0u, x); }
 
 DEVICE float exp2_approx(float x) {  // 2 ulp; one instruction
     float y;

@@ -28,8 +28,10 @@ struct Side {
 struct Sides {
     Side Q, K, V;
     int heads_q, heads_kv;  // of all batches
-    u32 flip[8];            // bit c: column c changes its sign
+    u32 flip[128];          // the sign bits that change, of each two columns
 };
+
+constexpr int INFINITE = 0x7F800000;  // as an integer; NaN is more
 
 // Rows as this thread holds them: its place, and its numbers.
 struct Piece {
@@ -38,31 +40,31 @@ struct Piece {
 
     DEVICE static int column(int s, int lane) { return 8 * (s * LANES + lane); }
 
-    DEVICE void read(const Side &side, int b, int h, int i) {
+    // Asks for row i in 16 bits, two to a word.
+    DEVICE void ask(const Side &side, int b, int h, int i, u32 (&two)[4][4]) const {
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-            u32 two[4] = {0, 0, 0, 0};
+            two[s][0] = two[s][1] = two[s][2] = two[s][3] = 0;
             if (i < side.N)
                 load_16_bytes(static_cast<const char *>(side.from) +
                                   2 * (b * side.batch + i * side.row + h * side.head + column(s, lane)),
-                              two);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) unpack<BF16>(two[e], x[8 * s + 2 * e], x[8 * s + 2 * e + 1]);
+                              two[s]);
         }
     }
 
-    // x diag(±1) Hadamard / √d: butterflies between neighbours first, then between pairs, up to halves
-    DEVICE void rotate(const u32 *flip) {
+    DEVICE void take(const u32 (&two)[4][4]) {
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            const int c = column(s, lane);
-            const u32 bits = flip[c / 32] >> c % 32;
+        for (int e = 0; e < 16; ++e) unpack<BF16>(two[e / 4][e % 4], x[2 * e], x[2 * e + 1]);
+    }
+
+    // x diag(±1)
+    DEVICE void change_signs(u32 (&two)[4][4], const u32 *flip) const {
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                float &y = x[8 * s + e];
-                y = __builtin_bit_cast(float, __builtin_bit_cast(u32, y) ^ (bits << (31 - e) & 0x80000000));
-            }
-        }
+        for (int e = 0; e < 16; ++e) two[e / 4][e % 4] ^= flip[column(e / 4, lane) / 2 + e % 4];
+    }
+
+    // x Hadamard / √d: butterflies between neighbours first, then between pairs, up to halves
+    DEVICE void rotate() {
         butterflies<1>(), butterflies<2>(), butterflies<4>();
 #pragma unroll
         for (int other = 1; other < LANES; other *= 2) {
@@ -85,91 +87,127 @@ struct Piece {
             }
     }
 
-    // The largest |x| that is finite.
-    DEVICE float amax() const {
+    // The largest |x|, as an integer; INFINITE or more where one is not finite.
+    DEVICE int most() const {
         float most = 0.f;
 #pragma unroll
-        for (int e = 0; e < 32; ++e) most = fmaxf(most, finite(x[e]) ? fabsf(x[e]) : 0.f);
-        return most;
+        for (int e = 0; e < 32; ++e) most = max_or_nan(most, fabsf(x[e]));
+        return __builtin_bit_cast(int, most);
     }
 
-    // Eight numbers in e4m3; what is not finite becomes NaN, as x - x does, which else is 0.
-    DEVICE void scaled(int s, float inverse, u32 (&eight)[2]) const {
-        float y[8];
+    // The largest that is finite.
+    DEVICE int most_finite() const {
+        float most = 0.f;
 #pragma unroll
-        for (int e = 0; e < 8; ++e) y[e] = x[8 * s + e] * inverse - (x[8 * s + e] - x[8 * s + e]);
-        eight[0] = pack_e4m3(y[0], y[1], y[2], y[3]), eight[1] = pack_e4m3(y[4], y[5], y[6], y[7]);
+        for (int e = 0; e < 32; ++e) most = fmaxf(most, x[e] - x[e] == 0.f ? fabsf(x[e]) : 0.f);
+        return __builtin_bit_cast(int, most);
+    }
+
+    // To its row in e4m3; what is not finite becomes NaN, as x - x does, which else is 0.
+    template <bool Finite>
+    DEVICE void put(unsigned char *row, float inverse) const {
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            float y[8];
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const float of = x[8 * s + e];
+                y[e] = Finite ? of * inverse : of * inverse - (of - of);
+            }
+            store_8_bytes(row + column(s, lane), {pack_e4m3(y[0], y[1], y[2], y[3]), pack_e4m3(y[4], y[5], y[6], y[7])});
+        }
     }
 };
 
-// The scale of the block that this thread's row is in: of the largest of its warps'.
-template <int Block>
-DEVICE float scale_of(float most, float *of_warp, int row) {
-    constexpr int WARPS = Block * LANES / 32;
-    most = largest(most);
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = most;
-    __syncthreads();
-    const int first = row / Block * WARPS;
-    for (int w = 0; w < WARPS; ++w) most = fmaxf(most, of_warp[first + w]);
+// Of a thread block: the largest |x| of each block that has a scale, and of what is finite of it.
+struct Largest {
+    int of[4], finite[4];
+
+    DEVICE void clear() {
+        if (threadIdx.x < 4) of[threadIdx.x] = finite[threadIdx.x] = 0;
+        __syncthreads();
+    }
+
+    // Of this thread's block; whether all x of the thread block are finite.
+    DEVICE float find(const Piece &piece, int block, bool &all_finite) {
+        const int most = largest(piece.most());
+        if (threadIdx.x % 32 == 0) raise(of + block, most);
+        all_finite = !__syncthreads_or(most >= INFINITE);
+        if (all_finite) return __builtin_bit_cast(float, of[block]);
+        const int less = largest(piece.most_finite());
+        if (threadIdx.x % 32 == 0) raise(finite + block, less);
+        __syncthreads();
+        return __builtin_bit_cast(float, finite[block]);
+    }
+};
+
+DEVICE float scale_of(float most) {
     return most == 0.f ? 1.f : fmaxf(most * (1.f / 448.f), 5.421010862427522e-20f);  // 2⁻⁶⁴
 }
 
 DEVICE int pad(int N) { return (N + 15) / 16 * 16; }
 
-// Of a tile of V [KV_ROWS, d] to Vᵀ: 32 keys of a column at a time, key 8a + 2q + b of 16 in slot 4q + 2a + b.
+// Of a tile of V [KV_ROWS, d] to Vᵀ: of each 16 keys, key 8a + 2q + b to slot 4q + 2a + b.  A thread takes four columns.
 DEVICE void transpose(const unsigned char *sV, unsigned char *to, int i0, int N) {
-    for (int n = threadIdx.x; n < KV_ROWS / 32 * d; n += THREADS) {
-        const int c = n % d;
+    constexpr int HALVES = KV_ROWS % 32 ? 1 : 2;  // of 32 bytes, which neighbours write
+    for (int n = threadIdx.x; n < KV_ROWS / 16 * (d / 4); n += THREADS) {
+        const int c = n / HALVES % (d / 4) * 4, j0 = (n / (HALVES * d / 4) * HALVES + n % HALVES) * 16;
+        if (i0 + j0 >= N) continue;
+        u32 slots[4][4];
 #pragma unroll
-        for (int j0 = n / d * 32, end = j0 + 32; j0 < end; j0 += 16) {
-            if (i0 + j0 >= N) return;
-            u32 slots[4];
-#pragma unroll
-            for (int q = 0; q < 4; ++q) {
-                const unsigned char *at = sV + (j0 + 2 * q) * (d + 8) + c;
-                slots[q] = at[0] | at[d + 8] << 8 | at[8 * (d + 8)] << 16 | at[9 * (d + 8)] << 24;
-            }
-            store_16_bytes(to + static_cast<long long>(c) * pad(N) + i0 + j0, slots);
+        for (int q = 0; q < 4; ++q) {
+            const u32 *row = reinterpret_cast<const u32 *>(sV + (j0 + 2 * q) * (d + 8) + c);
+            constexpr int NEXT = (d + 8) / 4;
+            const u32 a = row[0], b = row[NEXT], c = row[8 * NEXT], e = row[9 * NEXT];
+            const u32 ab = __byte_perm(a, b, 0x5140), ce = __byte_perm(c, e, 0x5140);  // of columns 0 and 1
+            const u32 AB = __byte_perm(a, b, 0x7362), CE = __byte_perm(c, e, 0x7362);  // of columns 2 and 3
+            slots[0][q] = __byte_perm(ab, ce, 0x5410), slots[1][q] = __byte_perm(ab, ce, 0x7632);
+            slots[2][q] = __byte_perm(AB, CE, 0x5410), slots[3][q] = __byte_perm(AB, CE, 0x7632);
         }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) store_16_bytes(to + static_cast<long long>(c + e) * pad(N) + i0 + j0, slots[e]);
     }
 }
 
 template <int ROWS, int Block, bool Rotated, bool Transposed>
-DEVICE void take(const Side &side, const u32 *flip, int index, float *of_warp, unsigned char *sV) {
+DEVICE void take(const Side &side, const u32 *flip, int index, Largest &largest_of, unsigned char *sV) {
     const int bh = index / side.tiles, i0 = index % side.tiles * ROWS, b = bh / side.H, h = bh % side.H;
     Piece piece;
     piece.row = threadIdx.x / LANES, piece.lane = threadIdx.x % LANES;
     const bool mine = THREADS == ROWS * LANES || piece.row < ROWS;
     const int i = mine ? i0 + piece.row : side.N;
-    piece.read(side, b, h, i);
-    if (Rotated) piece.rotate(flip);
+    u32 two[4][4];
+    piece.ask(side, b, h, i, two);
+    if (STEP == BLOCKS) largest_of.clear();
+    if (Rotated) piece.change_signs(two, flip);
+    piece.take(two);
+    if (Rotated) piece.rotate();
     float *scales = side.scale + static_cast<long long>(bh) * side.blocks;
-    float most = piece.amax(), scale;
     if (STEP == AMAX) {
-        most = largest(most);
-        if (threadIdx.x % 32 == 0) raise(scales, most);
+        int most = largest(piece.most());
+        if (most >= INFINITE) most = largest(piece.most_finite());
+        if (threadIdx.x % 32 == 0) raise(reinterpret_cast<int *>(scales), most);
         return;
     }
+    bool all_finite = false;
+    float scale;
     if (STEP == BLOCKS) {
-        scale = scale_of<Block>(most, of_warp, mine ? piece.row : 0);
+        scale = scale_of(largest_of.find(piece, mine ? piece.row / Block : 0, all_finite));
         if (piece.row % Block == 0 && piece.lane == 0 && i < side.N) scales[i / Block] = scale;
     } else {
         scale = scales[0];
     }
     const float inverse = 1.f / scale;
-    unsigned char *to = static_cast<unsigned char *>(side.to);
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-        u32 eight[2];
-        piece.scaled(s, inverse, eight);
-        const int c = Piece::column(s, piece.lane);
-        if (Transposed && mine) store_8_bytes(sV + piece.row * (d + 8) + c, eight);
-        if (!Transposed && i < side.N)
-            store_8_bytes(to + ((static_cast<long long>(b) * side.N + i) * side.H + h) * d + c, eight);
+    unsigned char *to = Transposed ? sV + piece.row * (d + 8)
+                                   : static_cast<unsigned char *>(side.to) +
+                                         ((static_cast<long long>(b) * side.N + i) * side.H + h) * d;
+    if (Transposed ? mine : i < side.N) {
+        if (all_finite) piece.put<true>(to, inverse);
+        else piece.put<false>(to, inverse);
     }
     if (Transposed) {
         __syncthreads();
-        transpose(sV, to + static_cast<long long>(bh) * d * pad(side.N), i0, side.N);
+        transpose(sV, static_cast<unsigned char *>(side.to) + static_cast<long long>(bh) * d * pad(side.N), i0, side.N);
     }
 }
 
@@ -190,16 +228,16 @@ DEVICE void turn(const Side &side, int index, unsigned char *sV) {
     transpose(sV, static_cast<unsigned char *>(side.to) + static_cast<long long>(bh) * d * pad(side.N), i0, side.N);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) quantize(const __grid_constant__ Sides sides) {
-    unsigned char *shared = shared_memory();  // a tile of V [KV_ROWS, d + 8], and a number a warp
-    float *of_warp = reinterpret_cast<float *>(shared + KV_ROWS * (d + 8));
+extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) quantize(const __grid_constant__ Sides sides) {
+    unsigned char *shared = shared_memory();  // a tile of V [KV_ROWS, d + 8], and what is largest
+    Largest &largest_of = *reinterpret_cast<Largest *>(shared + KV_ROWS * (d + 8));
     int index = blockIdx.x;
     if constexpr (STEP == TRANSPOSE) return turn(sides.V, index, shared);
     const int of_Q = sides.heads_q * sides.Q.tiles, of_K = sides.heads_kv * sides.K.tiles;
     if (index < of_Q)
-        take<Q_ROWS, Q_BLOCK, INCOHERENT, false>(sides.Q, sides.flip, index, of_warp, shared);
+        take<Q_ROWS, Q_BLOCK, INCOHERENT, false>(sides.Q, sides.flip, index, largest_of, shared);
     else if ((index -= of_Q) < of_K)
-        take<KV_ROWS, KV_BLOCK, INCOHERENT, false>(sides.K, sides.flip, index, of_warp, shared);
+        take<KV_ROWS, KV_BLOCK, INCOHERENT, false>(sides.K, sides.flip, index, largest_of, shared);
     else
-        take<KV_ROWS, KV_BLOCK, false, true>(sides.V, sides.flip, index - of_K, of_warp, shared);
+        take<KV_ROWS, KV_BLOCK, false, true>(sides.V, sides.flip, index - of_K, largest_of, shared);
 }
