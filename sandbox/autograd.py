@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import catalog, target
 from .choose import choose_tile
-from .problem import problem_of
+from .problem import Problem, problem_of
 from .variant import SECONDS_PER_MULTIPLY_ADD, Tile
 
 PATIENCE = 120.0  # seconds that a simulated call may take without force=True
+MOST_PLANS = 4096  # that are kept
+UNBOUNDED = (-1, -1)
 
 
 def attention(
-    q, k, v, *, variant="v2", causal=False, align="bottom_right", window=(-1, -1), mask=None, softcap=0.0, scale=None,
+    q, k, v, *, variant="v2", causal=False, align="bottom_right", window=UNBOUNDED, mask=None, softcap=0.0, scale=None,
     tile=None, return_lse=False, force=False,
 ):  # fmt: skip
     """Exact attention, softmax(scale · q kᵀ) v, differentiable in q, k and v.
@@ -39,22 +44,68 @@ def attention(
 
     Raises ValueError or TypeError, naming the argument, before anything is launched.
     """
-    forward = catalog.forward(variant)
+    forward, device = catalog.forward(variant), target.device()
+    plan = _plan(forward, device, q, k, v, mask, tile, causal, align, window, softcap, scale)
+    problem = plan.problem
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if needs_grad:
+        backward = catalog.backward_of(forward, torch.are_deterministic_algorithms_enabled())
+        backward_tile = tile_of(tile, problem, device, backward)
+    if device.simulated and not force:
+        refuse_if_slow(problem, "fwd" if not needs_grad else "fwd+bwd", forward.pace)
+    if mask is None:
+        seen = everything(q.device, problem.B, problem.H)
+    else:
+        seen = mask.expand(problem.B, problem.H, problem.N_q, problem.N_k)
+    if needs_grad:
+        O, LSE = _Attention.apply(q, k, v, seen, plan, device, backward, backward_tile)
+    elif forward_ad._current_level >= 0:  # torch says that there is no jvp, should one be asked for
+        O, LSE = _Attention.apply(q, k, v, seen, plan, device, None, None)
+    else:
+        O, LSE = _forward(q, k, v, seen, plan)
+    return (O, LSE) if return_lse else O
+
+
+class Plan(NamedTuple):
+    """What was found out about a call of attention(), for all that are like it."""
+
+    problem: Problem
+    launch: Callable
+
+
+_plans: dict[tuple, Plan] = {}
+
+
+def _plan(forward, device, q, k, v, mask, tile, causal, align, window, softcap, scale) -> Plan:
+    """The plan of a call that is checked, or that is like one that was.
+
+    All that a check looks at is in the key; types are, since 1, 1.0 and True are equal and not accepted alike.  What is
+    no tensor or cannot be a key is checked every time.  A prototype that was edited is another `forward`.
+    """
+    try:
+        key = (
+            forward, device, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+            mask is None or (mask.shape, mask.dtype, mask.device), bool(causal), align, window, softcap, scale, tile,
+            type(softcap), type(scale), window is UNBOUNDED or _types(window), tile is None or _types(tile),
+        )  # fmt: skip
+        if (plan := _plans.get(key)) is not None:
+            return plan
+    except (AttributeError, TypeError):
+        key = None
     problem = problem_of(
         q, k, v, causal=causal, align=align, window=window, mask=mask, softcap=softcap, scale=scale
     )  # fmt: skip
-    device = target.device()
     check_place(q, device)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    backward = catalog.backward_of(forward, deterministic) if needs_grad else None
-    tiles = [tile_of(tile, problem, device, x) for x in ([forward, backward] if needs_grad else [forward])]
-    if device.simulated and not force:
-        refuse_if_slow(problem, "fwd" if not needs_grad else "fwd+bwd", forward.pace)
-    seen = everything(q.device) if mask is None else mask
-    seen = seen.expand(problem.B, problem.H, *((1, 1) if mask is None else (problem.N_q, problem.N_k)))
-    O, LSE = _Attention.apply(q, k, v, seen, problem, device, forward, backward, tiles)
-    return (O, LSE) if return_lse else O
+    plan = Plan(problem, forward.launcher(problem, tile_of(tile, problem, device, forward), device))
+    if key is not None:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _types(option) -> tuple:
+    return (type(option), *map(type, option)) if isinstance(option, tuple) else (type(option),)
 
 
 def refuse_if_slow(problem, direction: str, pace: float = SECONDS_PER_MULTIPLY_ADD) -> None:
@@ -100,15 +151,21 @@ def tile_of(tile, problem, device, variant) -> Tile:
     return chosen
 
 
+def _forward(q, k, v, seen, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    B, N_q, H, d = q.shape
+    O = torch.empty(B, N_q, H, d, dtype=q.dtype, device=q.device)
+    LSE = torch.empty(B, H, N_q, dtype=torch.float32, device=q.device)
+    with on(q.device):
+        plan.launch(plan.problem, q, k, v, seen, O, LSE)
+    return O, LSE
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, seen, problem, device, forward, backward, tiles):
-        O = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        LSE = torch.empty(problem.B, problem.H, problem.N_q, device=q.device)
-        with on(q.device):
-            forward.launcher(problem, tiles[0], device)(problem, q, k, v, seen, O, LSE)
+    def forward(ctx, q, k, v, seen, plan, device, backward, tile):
+        O, LSE = _forward(q, k, v, seen, plan)
         ctx.save_for_backward(q, k, v, seen, O, LSE)
-        ctx.call = problem, device, backward, tiles[-1]
+        ctx.call = plan.problem, device, backward, tile
         ctx.mark_non_differentiable(LSE)
         return O, LSE
 
@@ -119,21 +176,21 @@ class _Attention(torch.autograd.Function):
         dQ, dK, dV = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         with on(q.device):
             backward.launcher(problem, tile, device)(problem, q, k, v, seen, O, LSE, dO, dQ, dK, dV)
-        return dQ, dK, dV, *[None] * 6
+        return dQ, dK, dV, *[None] * 5
 
 
-def everything(device: torch.device) -> torch.Tensor:
-    """True, on this device: a mask that hides nothing.  Made once a stream, as streams do not wait for one another; a
-    graph, which any stream may run, has its own."""
+def everything(device: torch.device, B: int, H: int) -> torch.Tensor:
+    """True [B, H, 1, 1], on this device: a mask that hides nothing.  Made once a stream, as streams do not wait for one
+    another; a graph, which any stream may run, has its own."""
     if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return torch.ones((), dtype=torch.bool, device=device)
-    return _everything(device, torch._C._cuda_getCurrentRawStream(device.index))
+        return torch.ones((), dtype=torch.bool, device=device).expand(B, H, 1, 1)
+    return _everything(device, torch._C._cuda_getCurrentRawStream(device.index), B, H)
 
 
-@functools.cache
+@functools.lru_cache(256)
 @torch.inference_mode(False)  # a backward keeps it
-def _everything(device: torch.device, stream: int) -> torch.Tensor:
-    return torch.ones((), dtype=torch.bool, device=device)
+def _everything(device: torch.device, stream: int, B: int, H: int) -> torch.Tensor:
+    return torch.ones((), dtype=torch.bool, device=device).expand(B, H, 1, 1)
 
 
 def on(device: torch.device):

@@ -1,9 +1,11 @@
 """sandbox.attention: the interface that others rely on, its gradients, its bad input, and the tough list."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import sandbox
 from sandbox import Mask, Problem, autograd, catalog, reference, target
@@ -83,6 +85,58 @@ def test_gradients_after_inference_mode():
     assert torch.equal(O, y) and all(z.grad.isfinite().all() for z in x)
 
 
+def test_calls_that_are_alike_share_a_plan(monkeypatch):
+    monkeypatch.setattr(autograd, "_plans", {})
+    monkeypatch.setattr(autograd, "MOST_PLANS", 4)
+    x = qkv(N_k=30)
+    for _ in range(2):
+        for options in {}, {"causal": True}, {"window": (3, 3)}, {"mask": torch.ones(30, device=x[0].device) > 0}:
+            sandbox.attention(*x, **options)
+        assert len(autograd._plans) == 4
+    assert len({id(plan.problem) for plan in autograd._plans.values()}) == 4
+    sandbox.attention(*qkv(N_k=31))
+    assert len(autograd._plans) == 1
+
+
+def test_another_kernel_of_that_name_has_a_plan_of_its_own(monkeypatch):
+    """As a prototype has that was edited."""
+    x, calls = qkv(), []
+    right = sandbox.attention(*x)
+    first = catalog.forward("v2")
+
+    def build(problem, tile, device):
+        return lambda *given: calls.append(first.launcher(problem, tile, device)(*given))
+
+    edited = replace(first, build=build)
+    monkeypatch.setattr(catalog, "forward", lambda name: edited)
+    assert torch.equal(sandbox.attention(*x), right) and len(calls) == 1
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_same_bits_with_and_without_gradients(context):
+    q, k, v = qkv(grad=True)
+    with context():
+        O, LSE = sandbox.attention(q, k, v, return_lse=True)
+        assert O.requires_grad == torch.is_grad_enabled() and not LSE.requires_grad
+        assert O.is_inference() == torch.is_inference_mode_enabled()
+    plain = sandbox.attention(*(x.detach() for x in (q, k, v)), return_lse=True)
+    assert torch.equal(O, plain[0]) and torch.equal(LSE, plain[1]) and not plain[0].requires_grad
+
+
+def test_there_is_no_jvp():
+    q, k, v = qkv()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        sandbox.attention(forward_ad.make_dual(q, q), k, v)
+
+
+def test_LSE_is_float32_whatever_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert sandbox.attention(*qkv(), return_lse=True)[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_deterministic_algorithms_choose_a_deterministic_backward():
     forward = catalog.forward("v2")
     assert not catalog.backward_of(forward).deterministic
@@ -140,6 +194,38 @@ def test_bad_input(what):
     with pytest.raises(error, match=says) as caught:
         call(*qkv())
     assert "\n" not in str(caught.value)
+
+
+# what is equal to what was accepted: 1 == 1.0 == True
+EQUAL = [
+    ({"softcap": 0.0}, {"softcap": False}, TypeError, "softcap=False"),
+    ({"scale": 1.0}, {"scale": True}, TypeError, "scale=True"),
+    ({"window": (1, 0)}, {"window": (True, 0)}, TypeError, "window left=True"),
+    ({"window": (1, 0)}, {"window": (1.0, 0)}, TypeError, "window left=1.0"),
+    ({"tile": (16, 16)}, {"tile": (16.0, 16)}, TypeError, "Br=16.0"),
+    ({"tile": (16, 16)}, {"tile": (16, 16, 16)}, TypeError, "pair"),
+]
+
+
+@pytest.mark.parametrize("good, bad, error, says", EQUAL)
+def test_bad_input_that_equals_good(good, bad, error, says):
+    x = qkv()
+    for _ in range(2):
+        sandbox.attention(*x, **good)
+        with pytest.raises(error, match=says):
+            sandbox.attention(*x, **bad)
+        for what in BAD.values():
+            with pytest.raises(what[1], match=what[2]):
+                what[0](*x)
+
+
+@pytest.mark.parametrize("options", [{"window": [2, 0]}, {"tile": [16, 32]}, {"tile": Tile(16, 32)}, {"causal": 1}])
+def test_lists_tiles_and_truths_are_accepted_as_ever(options):
+    x = qkv()
+    twice = [sandbox.attention(*x, **options) for _ in range(2)]
+    plain = {"window": (2, 0), "tile": (16, 32), "causal": True}
+    right = sandbox.attention(*x, **{name: plain[name] for name in options})
+    assert all(torch.equal(O, right) for O in twice)
 
 
 def test_swapped_layout_is_a_hint_inside_an_error():

@@ -303,7 +303,7 @@ def test_sandbox_sync(fake, kernel, monkeypatch):
     )
     prepare()()
     assert not waits
-    monkeypatch.setenv("SANDBOX_SYNC", "1")
+    monkeypatch.setattr(nvrtc.module, "SYNC", True)
     prepare()()
     assert waits == [1]
 

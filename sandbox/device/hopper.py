@@ -1,7 +1,7 @@
 """HopperLaunch: a kernel in CUDA C++ on a grid of blocks, compiled by NVRTC for a GPU, emulated without.  [floor 1]
 
 A launch on a GPU is prepared once a thread; after that a call writes addresses, structures and tensor maps into its
-buffer.  A map is encoded once for all tensors of that shape, and moved to where each one lies.
+buffer.  Maps are encoded once for all tensors of those dtypes, shapes and strides, and moved to where each one lies.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -21,7 +20,7 @@ from .scalar import SIMULATED
 
 HEADERS = Path(__file__).parents[1] / "kernels" / "hopper"  # of kernels elsewhere, too
 L2_BYTES = 32 << 20  # of K and V that are worked on at a time
-MOST_MAPS = 1024  # that are kept
+MOST_LAYOUTS = 1024  # of tensors, that a kernel keeps maps for
 
 
 class Shape(ctypes.Structure):
@@ -39,23 +38,25 @@ def shape_of(p: Problem, head_bytes: int) -> Shape:
     return Shape(p.N_q, p.N_k, p.H, p.group, lo, hi, p.B * p.H, section, p.scale, p.softcap)
 
 
-class Panels(NamedTuple):
+@dataclass(frozen=True)
+class Panels:
     """A tensor [batch, N, heads, d] that a kernel copies in boxes of `width` bytes of d x `rows` rows of one head.
 
-    width  128, 64 or 32: of the swizzle, too
+    width    128, 64 or 32: of the swizzle, too
+    written  by the kernel; one that is only read is cloned first where the copy engine cannot address it
     """
 
     name: str
-    x: torch.Tensor
     rows: int
     width: int = 128
+    written: bool = False
 
 
-class Output(NamedTuple):
-    """A float32 tensor that a kernel writes number by number: its address."""
+@dataclass(frozen=True)
+class Output:
+    """A float32 tensor that a kernel writes number by number: its address, or null for None."""
 
     name: str
-    x: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -64,110 +65,132 @@ class Counter:
 
 
 class HopperLaunch:
-    """A kernel with its block size and shared memory: ``HopperLaunch(file, entry, threads, shared, defines)(grid, …)``.
+    """A kernel with its block size and shared memory: ``HopperLaunch(file, entry, …, parameters)(grid, *given)``.
 
-    file     the .cu file; entry: its kernel; defines: macro -> int
-    threads  threads a block
-    shared   bytes of dynamic shared memory
-    Arguments are Panels, Outputs, Counters and ctypes structures, in the order of the kernel's parameters.
+    file        the .cu file; entry: its kernel; defines: macro -> int
+    threads     threads a block
+    shared      bytes of dynamic shared memory
+    parameters  Panels, Outputs, Counters and classes of ctypes structures, in the kernel's order
+    given       what each of them but a Counter is this time: tensors and structures
     """
 
-    def __init__(self, file: Path, entry: str, threads: int, shared: int, defines: dict[str, int]):
+    def __init__(self, file: Path, entry: str, threads: int, shared: int, defines: dict[str, int], parameters: tuple):
         self.file, self.name, self.defines = file, entry, defines
-        self.threads, self.shared = threads, shared
-        self._kernels, self._here, self._emulated = {}, launches.Prepared(), 0
+        self.threads, self.shared, self.parameters = threads, shared, parameters
+        self._kernels, self._here, self._encoded, self._emulated = {}, launches.Prepared(), {}, 0
+        self._given = [(at, p) for at, p in enumerate(parameters) if not isinstance(p, Counter)]
+        self._counters = [at for at, p in enumerate(parameters) if isinstance(p, Counter)]
+        self._panels, self._outputs, self._structures = (
+            [(at, n) for n, (at, p) in enumerate(self._given) if isinstance(p, kind)] for kind in (Panels, Output, type)
+        )
 
-    def __call__(self, grid: int, *args) -> None:
+    def __call__(self, grid: int, *given) -> None:
         if grid == 0:
             return
         if SIMULATED:
-            self._emulate(grid, args)
+            self._emulate(grid, given)
         elif launches._compiling:
             launches._compiling[-1].append((self, self.binary().report))
         else:
-            self._launch(grid, args)
+            self._launch(grid, given)
 
-    def _launch(self, grid: int, args) -> None:
+    def _launch(self, grid: int, given: tuple) -> None:
         device = torch.cuda.current_device()
-        key, numbers, moved, counters = [device], [], [], []
-        for index, a in enumerate(args):
-            key.append(kind := type(a))
-            if kind is Panels or kind is Output:
-                if a.x.get_device() != device:
-                    return self._launch_elsewhere(grid, args)
-                address = a.x.data_ptr()
-                if kind is Panels:
-                    numbers.append(_map(a, device))
-                    moved.append((index, address))
-                else:
-                    numbers.append(address)
-            elif kind is Counter:
-                counters.append(_counter(device))  # kept until they are in use
-                numbers.append(counters[-1].data_ptr())
-            else:
-                numbers.append(a.value or 0 if kind is ctypes.c_void_p else bytes(a))
+        key, moved, starts = [device], [], 0  # all that maps are made of but addresses; addresses
+        for at, n in self._panels:
+            x = given[n]
+            if x.get_device() != device:
+                return self._launch_elsewhere(grid, given)
+            key += x.dtype, x.shape, x.stride()
+            address = x.data_ptr()
+            moved.append((at, address))
+            starts |= address
         key = tuple(key)
-        launch = self._here.launches.get(key) or self._prepare(key, args)
+        if (encoded := self._encoded.get(key)) is None or starts % 16:
+            if (readable := self._readable(given)) is not given:
+                return self._launch(grid, readable)
+            encoded = self._encode(key, given)
+        numbers = encoded.copy()
+        for at, n in self._outputs:
+            if (x := given[n]) is not None:
+                if x.get_device() != device:
+                    return self._launch_elsewhere(grid, given)
+                numbers[at] = x.data_ptr()
+        for at, n in self._structures:
+            numbers[at] = bytes(given[n])
+        for at in self._counters:
+            counter = _counter(device)  # kept until it is in use
+            numbers[at] = counter.data_ptr()
+        launch = self._here.launches.get(device) or self._prepare(device)
         launch.relaunch(grid, numbers, moved)
 
-    def _launch_elsewhere(self, grid: int, args) -> None:
+    def _launch_elsewhere(self, grid: int, given: tuple) -> None:
         """On the device of the tensors, which is not the current one.  Raises ValueError where they have no such."""
-        tensors = [a for a in args if isinstance(a, (Panels, Output))]
-        for a in tensors:
-            if not a.x.is_cuda or a.x.device != tensors[0].x.device:
-                raise ValueError(f"{a.name} is on {a.x.device}: expected all tensors on one CUDA device")
-        with torch.cuda.device(tensors[0].x.device):
-            self._launch(grid, args)
+        tensors = [(p.name, x) for (_, p), x in zip(self._given, given) if isinstance(x, torch.Tensor)]
+        device = tensors[0][1].device
+        for name, x in tensors:
+            if not x.is_cuda or x.device != device:
+                raise ValueError(f"{name} is on {x.device}: expected all tensors on one CUDA device")
+        with torch.cuda.device(device):
+            self._launch(grid, given)
 
-    def _prepare(self, key: tuple, args) -> nvrtc.Launch:
-        kernel = self._kernels.setdefault(key, nvrtc.Kernel(self.binary()))  # one of all threads
-        blank = [PARAMETER.get(type(a), type(a))() for a in args]
+    def _readable(self, given: tuple) -> tuple:
+        """What is given, with clones of what is read and cannot be addressed; itself where there is no such."""
+        reads = (isinstance(p, Panels) and not p.written for _, p in self._given)
+        found = tuple(addressable(x) if read else x for read, x in zip(reads, given, strict=True))
+        return given if all(x is y for x, y in zip(found, given)) else found
+
+    def _encode(self, key: tuple, given: tuple) -> list:
+        """What the parameters get: maps of these tensors, and 0 for all else.  Raises ValueError where none can be."""
+        found = [0] * len(self.parameters)
+        for at, n in self._panels:
+            found[at] = bytes(nvrtc.TensorMap.tiled(*_boxes(self.parameters[at], given[n])).opaque)
+        if len(self._encoded) >= MOST_LAYOUTS:
+            self._encoded.clear()
+        self._encoded[key] = found
+        return found
+
+    def _prepare(self, device: int) -> nvrtc.Launch:
+        kernel = self._kernels.setdefault(device, nvrtc.Kernel(self.binary()))  # one of all threads
+        blank = [_blank(p) for p in self.parameters]
         launch = kernel.prepare(grid=(1, 1, 1), block=(self.threads, 1, 1), shared=self.shared, args=blank)
-        self._here.launches[key] = launch
+        self._here.launches[device] = launch
         return launch
 
     def binary(self) -> nvrtc.Binary:
         """The cubin for sm_90a: compiled, or read from the disk cache."""
         return nvrtc.compile(self.file, self.name, self.defines, folders=(HEADERS,))
 
-    def _emulate(self, grid, args) -> None:
+    def _emulate(self, grid: int, given: tuple) -> None:
         from .simulator import count
 
         library = emulator.library(self.file, self.name, tuple(self.defines.items()), HEADERS)
-        given = [_host(a) for a in args]
+        given = self._readable(given)
+        values = {at: x for (at, _), x in zip(self._given, given)}
+        there = [_host(p, values.get(at)) for at, p in enumerate(self.parameters)]
         early, self._emulated = self._emulated % 2 == 1, self._emulated + 1  # every second launch the other way
         stored = emulator.launch(
-            library, grid, self.threads, given, shared=self.shared, late_arrivals=not early, late_readers=early,
+            library, grid, self.threads, there, shared=self.shared, late_arrivals=not early, late_readers=early,
             seed=self._emulated,
         )  # fmt: skip
-        for a, there in zip(args, given):
-            if isinstance(a, Panels):
-                count(a.name, *there.moved, a.x.element_size())
-            elif isinstance(a, Output):
-                count(a.name, 0, stored, 4)
-            elif isinstance(a, Counter) and there.zero.value:
-                raise emulator.EmulatorError(f"a counter was left at {there.zero.value}: expected 0")
+        for at, p in enumerate(self.parameters):
+            if isinstance(p, Panels):
+                count(p.name, *there[at].moved, values[at].element_size())
+            elif isinstance(p, Output) and values[at] is not None:
+                count(p.name, 0, stored, 4)
+            elif isinstance(p, Counter) and there[at].zero.value:
+                raise emulator.EmulatorError(f"a counter was left at {there[at].zero.value}: expected 0")
 
 
-PARAMETER = {Panels: nvrtc.tensor_map.Opaque, Output: ctypes.c_void_p, Counter: ctypes.c_void_p}
+def _blank(parameter):
+    """A value of a parameter's type."""
+    if isinstance(parameter, type):
+        return parameter()
+    return nvrtc.tensor_map.Opaque() if isinstance(parameter, Panels) else ctypes.c_void_p()
 
 
-_maps: dict[tuple, bytes] = {}
-
-
-def _map(a: Panels, device: int) -> bytes:
-    """The map of a tensor of this shape, wherever it lies."""
-    _, x, rows, width = a
-    key = device, x.dtype, x.shape, x.stride(), rows, width
-    if (found := _maps.get(key)) is None:
-        if len(_maps) >= MOST_MAPS:
-            _maps.clear()
-        found = _maps[key] = bytes(nvrtc.TensorMap.tiled(*_boxes(a)).opaque)
-    return found
-
-
-def _boxes(a: Panels) -> tuple[torch.Tensor, tuple[int, ...], str]:
-    return a.x.transpose(1, 2), (1, 1, a.rows, a.width // a.x.element_size()), f"{a.width}B"
+def _boxes(p: Panels, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], str]:
+    return x.transpose(1, 2), (1, 1, p.rows, p.width // x.element_size()), f"{p.width}B"
 
 
 def _counter(device: int) -> torch.Tensor:
@@ -182,25 +205,22 @@ def _counters(device: int, stream: int) -> torch.Tensor:
     return torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
 
 
-def _host(a):
-    if isinstance(a, Panels):
-        nvrtc.tensor_map.layout(*_boxes(a))  # what the copy engine would refuse
-        return emulator.TensorMap.of(a.x, a.rows, a.width)
-    if isinstance(a, Counter):
+def _host(parameter, x):
+    if isinstance(parameter, Panels):
+        nvrtc.tensor_map.layout(*_boxes(parameter, x))  # what the copy engine would refuse
+        return emulator.TensorMap.of(x, parameter.rows, parameter.width)
+    if isinstance(parameter, Counter):
         zero = ctypes.c_int(0)
         pointer = ctypes.c_void_p(ctypes.addressof(zero))
         pointer.zero = zero
         return pointer
-    return ctypes.c_void_p(a.x.data_ptr()) if isinstance(a, Output) else a
+    if isinstance(parameter, Output):
+        return ctypes.c_void_p(None if x is None else x.data_ptr())
+    return x
 
 
 def addressable(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy where the copy engine cannot address it: gaps between columns, odd strides, expanded dimensions."""
-    fits = x.data_ptr() % 16 == 0 and _regular(x.shape, x.stride(), x.element_size())
+    bytes = [s * x.element_size() for s, n in zip(x.stride()[:-1], x.shape[:-1]) if n > 1]
+    fits = x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(s > 0 and s % 16 == 0 for s in bytes)
     return x if fits else x.clone(memory_format=torch.contiguous_format)
-
-
-@functools.lru_cache(1024)
-def _regular(shape: torch.Size, strides: tuple[int, ...], size: int) -> bool:
-    bytes = [s * size for s, n in zip(strides[:-1], shape[:-1]) if n > 1]
-    return strides[-1] == 1 and all(s > 0 and s % 16 == 0 for s in bytes)

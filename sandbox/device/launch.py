@@ -22,7 +22,7 @@ POINTER, WIDE = ctypes.c_void_p, ctypes.c_int64
 
 
 class Prepared(threading.local):
-    """Launches of a kernel by the device and the kinds of its arguments; each thread sees its own."""
+    """Launches of a kernel by the device, and the kinds of arguments where they vary; each thread sees its own."""
 
     def __init__(self):
         self.launches: dict[tuple, nvrtc.Launch] = {}

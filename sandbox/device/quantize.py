@@ -135,7 +135,7 @@ def _flip(d: int, seed: int) -> ctypes.Array:
 
 @functools.cache
 def _launch(defines, threads: int, shared: int) -> HopperLaunch:
-    return HopperLaunch(FILE, "quantize", threads, shared, dict(defines))
+    return HopperLaunch(FILE, "quantize", threads, shared, dict(defines), (Sides,))
 
 
 def _check_here(q, k, v) -> None:

@@ -5,12 +5,11 @@ warpgroups multiply on the tensor cores (wgmma), taking turns (ping-pong) and co
 tile's Q Kᵀ is under way (overlap).  Here stand its tiles, its switches, its grid and its arguments.
 """
 
-import ctypes
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..device.hopper import Counter, HopperLaunch, Output, Panels, addressable, shape_of
+from ..device.hopper import Counter, HopperLaunch, Output, Panels, Shape, shape_of
 from ..variant import Infeasible, Tile, Unsupported, Variant
 
 FILE = Path(__file__).parent / "hopper" / "fwd_v3.cu"
@@ -140,7 +139,13 @@ def made(problem, tile, switches: Switches, marks: int = 0):
         defines["TRACE"] = marks
     threads = 128 * (defines["WARPGROUPS"] + switches.warp_specialized)
     bytes = shared_bytes(problem.d, tile, switches)
-    return [HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}) for scored in (0, 1)]
+    parameters = (
+        Panels("Q", WARPGROUP_ROWS), Panels("K", tile.Bc), Panels("V", tile.Bc),
+        Panels("O", WARPGROUP_ROWS, written=True), Output("LSE"), Counter(), Output("marks"), Shape,
+    )  # fmt: skip
+    return [
+        HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}, parameters) for scored in (0, 1)
+    ]
 
 
 def build(problem, tile, device, marks=None, **turned):
@@ -161,12 +166,7 @@ def build(problem, tile, device, marks=None, **turned):
         if marks is not None and blocks > len(marks):
             raise ValueError(f"marks has room for {len(marks)} blocks: {blocks} are launched")
         run = scored if problem.softcap > 0 or problem.scale <= 0 else plain
-        run(
-            blocks, Panels("Q", addressable(Q), WARPGROUP_ROWS),
-            Panels("K", addressable(K), tile.Bc), Panels("V", addressable(V), tile.Bc),
-            Panels("O", O, WARPGROUP_ROWS), Output("LSE", LSE), Counter(),
-            ctypes.c_void_p() if marks is None else Output("marks", marks), shape,
-        )  # fmt: skip
+        run(blocks, Q, K, V, O, LSE, marks, shape)
 
     return launch
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..device.hopper import Counter, HopperLaunch, Output, Panels, addressable, shape_of
+from ..device.hopper import Counter, HopperLaunch, Output, Panels, Shape, shape_of
 from ..device.quantize import quantize
 from ..quantize import HADAMARD, Quantized
 from ..variant import Infeasible, Tile, Unsupported, Variant
@@ -153,11 +153,15 @@ def made(problem, tile, switches: Switches, marks: int = 0):
     if marks:
         defines["TRACE"] = marks
     threads = 128 * (defines["WARPGROUPS"] + 1)
-    bytes = shared_bytes(problem.d, tile, switches)
+    bytes, d = shared_bytes(problem.d, tile, switches), problem.d
+    parameters = (
+        Panels("Q", WARPGROUP_ROWS, width(d)), Panels("K", tile.Bc, width(d)), Panels("V", d, width(tile.Bc)),
+        Panels("O", WARPGROUP_ROWS, written=True), Output("LSE"), Counter(), Output("marks"), Scales, Shape,
+    )  # fmt: skip
     made = []
     for scored in (0, 1):  # without a mask the latter takes one that hides nothing: ptxas spills where there is none
         more = {"SCORED": scored, "BANDED": int(problem.mask.banded or scored)}
-        made.append(HopperLaunch(FILE, "fwd_v3_fp8", threads, bytes, defines | more))
+        made.append(HopperLaunch(FILE, "fwd_v3_fp8", threads, bytes, defines | more, parameters))
     return made
 
 
@@ -196,13 +200,7 @@ class Launch:
         if self.marks is not None and blocks > len(self.marks):
             raise ValueError(f"marks has room for {len(self.marks)} blocks: {blocks} are launched")
         run = self.scored if problem.softcap > 0 or problem.scale <= 0 else self.plain
-        run(
-            blocks, Panels("Q", addressable(x.q), WARPGROUP_ROWS, width(d)),
-            Panels("K", addressable(x.k), tile.Bc, width(d)),
-            Panels("V", addressable(x.v).transpose(1, 2), d, width(tile.Bc)), Panels("O", O, WARPGROUP_ROWS),
-            Output("LSE", LSE), Counter(),
-            ctypes.c_void_p() if self.marks is None else Output("marks", self.marks), scales, shape,
-        )  # fmt: skip
+        run(blocks, x.q, x.k, x.v.transpose(1, 2), O, LSE, self.marks, scales, shape)
 
     def check(self, x: Quantized):
         blocked = self.switches.scales == "block"

@@ -19,12 +19,14 @@ import torch
 from . import library
 from .arguments import Arguments
 from .compile import Binary
-from .tensor_map import TensorMap, check_start
+from .tensor_map import TensorMap
 
 THREADS, STATIC_SHARED, DYNAMIC_SHARED, NON_PORTABLE_CLUSTER = 0, 1, 8, 14  # CUfunction_attribute
 CLUSTER_DIMENSION = 4  # CUlaunchAttributeID
 LARGEST = {"grid": (2**31 - 1, 65_535, 65_535), "block": (1024, 1024, 64), "cluster": (16, 16, 16)}
 LARGEST_BLOCK, LARGEST_CLUSTER, PORTABLE_CLUSTER = 1024, 16, 8  # threads, blocks, blocks
+MOST_BLOCKS = LARGEST["grid"][0]
+SYNC = os.environ.get("SANDBOX_SYNC") == "1"  # looked at once: a look costs as much as a call of the driver
 
 
 class LaunchAttribute(ctypes.Structure):
@@ -117,17 +119,17 @@ class Launch:
         """Launches so many blocks, with all arguments anew, where its device is current.
 
         numbers  as Arguments.fill takes them; of a tensor its address, and nothing keeps it alive
-        moved    (index, address) of each tensor map that is to be another tensor's, of the same shape and strides
-        Raises ValueError on a grid or an address that cannot be, struct.error on what a parameter cannot hold.
+        moved    (index, address) of each tensor map that is to be another tensor's, of the same shape and strides;
+                 a multiple of 16, as they all are that a map can be encoded for
+        Raises ValueError on a grid that cannot be, struct.error on what a parameter cannot hold.
         """
-        if not 1 <= grid <= LARGEST["grid"][0]:
-            raise ValueError(f"grid={grid}: expected 1 to {LARGEST['grid'][0]} blocks")
+        if not 1 <= grid <= MOST_BLOCKS:
+            raise ValueError(f"grid={grid}: expected 1 to {MOST_BLOCKS} blocks")
         self._config.grid[0] = grid
         self._arguments.fill(numbers)
+        move, places = self._move, self._arguments.addresses
         for index, address in moved:
-            if address % 16:
-                check_start(address)
-            self._move(self._arguments.addresses[index], address)
+            move(places[index], address)
         self._run()
 
     def _run(self) -> None:
@@ -139,7 +141,7 @@ class Launch:
                 raise
             _enter(self.device)
             self._call(*self._given)
-        if os.environ.get("SANDBOX_SYNC") == "1":
+        if SYNC:
             torch.cuda.synchronize()
 
     def update(self, index: int, value) -> None:
