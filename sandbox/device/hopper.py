@@ -144,11 +144,3 @@ def _host(a):
         pointer.zero = zero
         return pointer
     return ctypes.c_void_p(a.x.data_ptr()) if isinstance(a, Output) else a
-
-
-def addressable(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy where the copy engine cannot address it: gaps between columns, odd strides, expanded dimensions."""
-    size = x.element_size()
-    strides = [s * size for s, n in zip(x.stride()[:-1], x.shape[:-1]) if n > 1]
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)

@@ -73,6 +73,14 @@ def scratch(*shape: int, like: torch.Tensor) -> torch.Tensor:
     return torch.full(shape, torch.nan, device=like.device) if SIMULATED else torch.empty(shape, device=like.device)
 
 
+def addressable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where copies of 16 bytes cannot read it: gaps between columns, odd strides, expanded dimensions."""
+    size = x.element_size()
+    strides = [s * size for s, n in zip(x.stride()[:-1], x.shape[:-1]) if n > 1]
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
 BITS = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}
 
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..device.hopper import Counter, HopperLaunch, Output, Panels, addressable, shape_of
+from ..device.hopper import Counter, HopperLaunch, Output, Panels, shape_of
+from ..device.launch import addressable
 from ..variant import Infeasible, Tile, Unsupported, Variant
 
 FILE = Path(__file__).parent / "hopper" / "fwd_v3.cu"

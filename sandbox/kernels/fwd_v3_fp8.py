@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..device.hopper import Counter, HopperLaunch, Output, Panels, addressable, shape_of
+from ..device.hopper import Counter, HopperLaunch, Output, Panels, shape_of
+from ..device.launch import addressable
 from ..device.quantize import quantize
 from ..quantize import HADAMARD, Quantized
 from ..variant import Infeasible, Tile, Unsupported, Variant
