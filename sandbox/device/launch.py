@@ -18,13 +18,14 @@ class Launch:
     threads  threads a block
     warp     lanes that the kernel relies on to run in step (at most 32); the simulator's warps are that narrow
     shared   bytes of dynamic shared memory
+    blocks   that are to share a multiprocessor, as far as registers go
     Arguments are torch tensors (bf16 and bool as their bits), ints (int32) and floats (float32), always in that type.
     """
 
-    def __init__(self, kernel, threads: int, shared: int = 0, warp: int = 32):
+    def __init__(self, kernel, threads: int, shared: int = 0, warp: int = 32, blocks: int = 1):
         self.function, self.name = kernel.py_func, kernel.py_func.__name__
         self.names = list(inspect.signature(self.function).parameters)
-        self.threads, self.shared, self.warp = threads, shared, warp
+        self.threads, self.shared, self.warp, self.blocks = threads, shared, warp, blocks
         self._compiled = {}
 
     def __call__(self, grid: int, *args) -> None:
@@ -45,7 +46,7 @@ class Launch:
 
         key = compile.signature(args), torch.cuda.current_device() if torch.cuda.is_available() else None
         if key not in self._compiled:
-            self._compiled[key] = compile.kernel(self.function, key[0], self.threads)
+            self._compiled[key] = compile.kernel(self.function, key[0], self.threads, self.blocks)
         return self._compiled[key]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from numba import cuda, uint32
+from numba import cuda, int32, uint32
 
 from .ptx import (
     copy_chunk,
@@ -97,17 +97,18 @@ class Warps:
         There once every thread has closed its group, waited for it and met the others at a barrier (ptx.py).
         """
         CHUNKS, T = d // 8, self.threads
-        LANES = math.gcd(CHUNKS, T)  # threads that share a row's chunks
+        LANES = math.gcd(CHUNKS, T // 8)  # threads that share a row's chunks
         STEP = T // LANES
 
         @device_function
         def copy(sX, r0, X, n0, end, thread):
             y, x = thread // LANES, thread % LANES
             r, n = r0 + y, n0 + y
+            left = int32(end - n)
             for step in range(0, rows, STEP):
                 if rows % STEP == 0 or y + step < rows:
                     for q in range(CHUNKS // LANES):
-                        copy_chunk(sX, r + step, 8 * (x + q * LANES), X, n + step, end)
+                        copy_chunk(sX, r, 8 * (x + q * LANES), X, n, step, step < left)
 
         return copy
 

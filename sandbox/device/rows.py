@@ -16,7 +16,7 @@ from numba import cuda, int32
 from ..problem import Problem
 from .mma import MMA
 from .ptx import fma
-from .scalar import NEG_INF, ONE, ZERO, device_function, exp2, tanh_fast
+from .scalar import NEG_INF, ONE, ZERO, device_function, divide, exp2, tanh_fast
 from .softmax import ALL_LANES
 
 NONE, SOME, ALL = 0, 1, 2  # what a warp sees of a tile
@@ -61,12 +61,14 @@ class Rows:
         @device_function
         def score(rS, scale, softcap):
             """S = scale · S, softcapped."""
+            if SOFTCAP:
+                scale = divide(scale, softcap)
             for mi in range(MI):
                 for n in range(NI):
                     for e in range(4):
                         rS[mi, n, e] *= scale
                         if SOFTCAP:
-                            rS[mi, n, e] = softcap * tanh_fast(rS[mi, n, e] / softcap)
+                            rS[mi, n, e] = softcap * tanh_fast(rS[mi, n, e])
 
         @device_function
         def follow(rS, rm, rl, ralpha, unit):

@@ -1,0 +1,235 @@
+"""FlashAttention-2, forward, on the tensor cores, in Python.  [FA2, 2307.08691, Algorithm 1, §3.3]
+
+A block of warps owns Br rows of Q, each warp 16 or 32 of them, with their O, m and l in its registers, and all keys: no
+warp waits for what another has computed ("split-Q").  With 32 rows, what is read of K and V from shared memory is used
+twice: shared memory, not the tensor cores, is what limits a kernel of 16.  P̃ never leaves the registers, since the
+accumulators of S are the left operand of P̃ V as they are.  K and V of the next steps are on their way meanwhile.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+from numba import cuda, float32, int16, int32, uint32
+
+from ..device import Launch
+from ..device.launch import addressable
+from ..device.mma import Shared16, Warps
+from ..device.ptx import commit_group, wait_group
+from ..device.rows import NONE, SOME, Rows, rescale
+from ..device.scalar import LN_2, LOG2_E, NEG_INF, ONE, ZERO, divide, log2, quotient
+from ..variant import Infeasible, Tile, Unsupported, Variant
+
+TILES = (
+    *(Tile(Br, Bc) for Br in (16, 32) for Bc in (16, 32)),  # where a GPU is simulated, or nearly idle
+    *(Tile(Br, Bc) for Br in (64, 128, 192, 256) for Bc in (32, 64, 96, 128)),
+)
+REGISTERS = 192  # of a thread, for its tiles
+L2_BYTES = 32 << 20  # of K and V that are worked on at a time
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What can be turned, one by one.
+
+    rows    of a warp: 16 or 32
+    stages  tiles of K and of V that are on their way or in use
+    blocks  that are to share a multiprocessor, as far as registers go
+    q_in_registers  Q is read from its tile once, and not at every step
+    lazy    O is rescaled only where a row's maximum has grown a lot
+    """
+
+    rows: int = 32
+    stages: int = 2
+    blocks: int = 1
+    q_in_registers: bool = False
+    lazy: bool = True
+
+    def registers(self, d: int, Bc: int) -> int:
+        """That a thread needs for S [rows, Bc], O [rows, d] and Q where it is there."""
+        return self.rows // 16 * (Bc + d + d // 2 * self.q_in_registers) // 2
+
+
+def chosen(problem, tile, device, **turned) -> Switches:
+    """The switches that are used: 32 rows a warp where registers allow, else 16; those `turned` as they are there."""
+    rows = 32 if tile.Br % 32 == 0 and Switches(32).registers(problem.d, tile.Bc) <= REGISTERS else 16
+    return replace(Switches(rows), **turned)
+
+
+def shared_tiles(problem, tile, switches) -> Shared16:
+    keys = switches.stages * tile.Bc
+    return Shared16(sQ=(tile.Br, problem.d), sK=(keys, problem.d), sV=(keys, problem.d))
+
+
+def fit(problem, tile, device, **turned):
+    if problem.dtype == "fp32":
+        raise Unsupported("fwd_v2_mma takes fp16 and bf16, not fp32: fwd_v2 takes fp32")
+    if problem.mask.boolean:
+        raise Unsupported("fwd_v2_mma has no boolean masks: fwd_v2 has them")
+    if problem.d % 16:
+        raise Unsupported(f"fwd_v2_mma takes head_dim in multiples of 16, not {problem.d}: fwd_v2 takes any")
+    if device.capability[0] < 9:
+        major, minor = device.capability
+        raise Unsupported(f"fwd_v2_mma needs sm_90 (stmatrix), this is sm_{major}{minor}: fwd_v2 runs here")
+    s = chosen(problem, tile, device, **turned)
+    if tile.Br % s.rows or tile.Bc % 16:
+        raise Infeasible(tile, f"needs a multiple of {s.rows} rows, a warp's, and of 16 keys")
+    if (need := s.registers(problem.d, tile.Bc)) > REGISTERS:
+        raise Infeasible(tile, f"needs {need} registers a thread for its tiles, there are {REGISTERS}")
+    if (threads := tile.Br // s.rows * 32) > 256:
+        raise Infeasible(tile, f"has {threads} threads: more than 256 have too few registers each")
+    if (need := shared_tiles(problem, tile, s).bytes) > device.shared:
+        raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
+
+
+def usual(problem, device) -> Tile:
+    tile = Tile(16, 16) if device.simulated else Tile(128, 64)
+    fit(problem, tile, device)
+    return tile
+
+
+def build(problem, tile, device, **turned):
+    s = chosen(problem, tile, device, **turned)
+    d, Bc, MI, STAGES = problem.d, tile.Bc, s.rows // 16, s.stages
+    ROWS, Br, NI, NO, KI = s.rows, tile.Br, tile.Bc // 8, d // 8, d // 16
+    warps, rows = Warps(Br // ROWS, problem.dtype), Rows(problem, MI, Bc, s.lazy)
+    tile_Q, tile_K, tile_V = shared = shared_tiles(problem, tile, s)
+    where, copy_Q, copy_KV = warps.where(), warps.copy(Br, d), warps.copy(Bc, d)
+    IN_REGISTERS = s.q_in_registers
+    QKt = warps.product_rt(MI, Bc, d) if IN_REGISTERS else warps.product_nt(MI, Bc, d)
+    PV, load_Q = warps.product_rn(MI, d, 16), warps.load(MI, d)
+    clear_S, clear_O, rescale_O = warps.fill(MI, Bc), warps.fill(MI, d), rescale(MI, d)
+    put_O, store_O = warps.put(MI, d), warps.store(ROWS, d)
+    look, hide, score, follow, weights = rows.look, rows.hide, rows.score, rows.follow, rows.weights
+    row_sum, arrived, all_arrived = rows.row_sum, wait_group(STAGES - 2), wait_group(0)
+    BANDED = problem.mask.banded
+
+    def kernel(SCORED):
+        @cuda.jit
+        def fwd_v2_mma(Q, K, V, O, LSE, scale, softcap, unit, lo, hi, section):
+            block, thread, warp, lane = where()
+            N_q, N_k, H = int32(Q.shape[1]), int32(K.shape[1]), int32(Q.shape[2])
+            # The last rows, which see most under a causal mask, come first; heads in sections, for L2
+            Tr = int32((N_q + Br - 1) // Br)
+            part, place = quotient(block, int32(section * Tr))
+            i, bh = quotient(place, int32(min(section, Q.shape[0] * H - part * section)))
+            b, h = quotient(int32(part * section + bh), H)
+            group, _ = quotient(H, int32(K.shape[2]))
+            h_kv, _ = quotient(h, group)
+            i0 = int32((Tr - 1 - i) * Br)
+            w0 = warp * ROWS  # the warp's rows
+            Qh, Kh, Vh, Oh = Q[b, :, h], K[b, :, h_kv], V[b, :, h_kv], O[b, :, h]  # [N, d]
+
+            smem = cuda.shared.array(0, int16, 128)
+            sQ = tile_Q(smem)  # [Br, d]
+            sK = tile_K(smem)  # STAGES x [Bc, d]
+            sV = tile_V(smem)
+            rQ = cuda.local.array((MI, KI, 4), uint32)  # Q, this warp's rows
+            rS = cuda.local.array((MI, NI, 4), float32)  # S  [rows, Bc]
+            rP = cuda.local.array((MI, 1, 4), uint32)  # P̃, 16 keys of it
+            rO = cuda.local.array((MI, NO, 4), float32)  # O  [rows, d]
+            rm = cuda.local.array((MI, 2), float32)
+            rl = cuda.local.array((MI, 2), float32)
+            ralpha = cuda.local.array((MI, 2), float32)
+            clear_O(rO)
+            for mi in range(MI):
+                for g in range(2):
+                    rm[mi, g], rl[mi, g] = NEG_INF, ZERO
+
+            first, end = 0, N_k
+            if BANDED:
+                first, end = max(0, i0 + lo), min(N_k, min(i0 + Br, N_q) + hi)
+            first, end = int32(first // Bc), int32((end + Bc - 1) // Bc)
+            steps = int32(end - first)
+
+            copy_Q(sQ, 0, Qh, i0, N_q, thread)
+            for p in range(STAGES - 1):
+                if p < steps:
+                    copy_KV(sK, p * Bc, Kh, (end - 1 - p) * Bc, N_k, thread)
+                    copy_KV(sV, p * Bc, Vh, (end - 1 - p) * Bc, N_k, thread)
+                commit_group()
+            stage, free = 0, STAGES - 1
+            for p in range(steps):
+                arrived()
+                cuda.syncthreads()
+                j = end - 1 - p
+                if j - (STAGES - 1) >= first:
+                    copy_KV(sK, free * Bc, Kh, (j - (STAGES - 1)) * Bc, N_k, thread)
+                    copy_KV(sV, free * Bc, Vh, (j - (STAGES - 1)) * Bc, N_k, thread)
+                commit_group()
+                if IN_REGISTERS and p == 0:
+                    load_Q(rQ, sQ, w0)
+                seen = look(i0 + w0, j * Bc, N_q, N_k, lo, hi)
+                if seen != NONE:
+                    # S = Q Kᵀ
+                    clear_S(rS)
+                    if IN_REGISTERS:
+                        QKt(rS, rQ, 0, sK, stage * Bc)
+                    else:
+                        QKt(rS, sQ, w0, sK, stage * Bc)
+                    if SCORED:
+                        score(rS, scale, softcap)
+                    if seen == SOME:
+                        hide(rS, i0 + w0, j * Bc, N_k, lo, hi, lane)
+                    if follow(rS, rm, rl, ralpha, unit):
+                        rescale_O(rO, ralpha)
+                    for k in range(Bc // 16):
+                        weights(rP, rS, k, rm, rl, unit)
+                        PV(rO, rP, 0, sV, stage * Bc + 16 * k)
+                free = stage
+                stage = stage + 1 if stage + 1 < STAGES else 0
+
+            if steps <= 0:  # Q has been waited for by nobody, and O leaves through its tile
+                all_arrived()
+                cuda.syncthreads()
+            for mi in range(MI):
+                for g in range(2):
+                    l = row_sum(rl[mi, g])
+                    row = i0 + w0 + 16 * mi + 8 * g + lane // 4
+                    if lane % 4 == 0 and row < N_q:
+                        LSE[b, h, row] = (rm[mi, g] + log2(l)) * LN_2 if l != ZERO else NEG_INF
+                    ralpha[mi, g] = divide(ONE, l) if l != ZERO else ZERO
+            rescale_O(rO, ralpha)
+            put_O(sQ, w0, rO)
+            cuda.syncwarp()
+            store_O(Oh, i0 + w0, N_q, sQ, w0, lane)
+
+        return Launch(fwd_v2_mma, warps.threads, shared.bytes, blocks=s.blocks)
+
+    plain, scored = kernel(False), kernel(True)
+
+    def launch(problem, Q, K, V, mask, O, LSE):
+        lo, hi = problem.mask.band(problem.N_q, problem.N_k)
+        heads = problem.B * problem.H
+        run, unit = plain, problem.scale * float(LOG2_E)
+        if problem.softcap > 0 or problem.scale <= 0:
+            run, unit = scored, float(LOG2_E)
+        section = problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d))
+        run(
+            -(-problem.N_q // Br) * heads, addressable(Q), addressable(K), addressable(V), O, LSE,
+            problem.scale, problem.softcap, unit, lo, hi, min(section, heads),
+        )  # fmt: skip
+
+    return launch
+
+
+VARIANT = Variant(
+    name="fwd_v2_mma",
+    direction="fwd",
+    generation="v2",
+    loop_order="q_outer",
+    parent="fwd_v2",
+    delta="on the tensor cores: S and O are a warp's accumulators, and P̃ stays in its registers",
+    dtypes=("fp16", "bf16"),
+    fit=fit,
+    build=build,
+    tiles=TILES,
+    usual=usual,
+    unit="tensor",
+    pace=1e-6,
+)
+
+
+def turned(**switches) -> Variant:
+    """The same kernel with these switches, and else as `chosen`: an ablation."""
+    name = " ".join(["fwd_v2_mma", *(f"{switch}={value}" for switch, value in switches.items())])
+    return replace(VARIANT, name=name, default=False, fit=partial(fit, **switches), build=partial(build, **switches))
