@@ -107,13 +107,21 @@ def test_row_blocks_that_see_no_key(N_q, N_k, mask):
     check(Problem(1, 1, 1, N_q, N_k, 16, "fp16", mask=mask))
 
 
+def test_small_scores_softcapped():
+    """The error of a score that is far below the cap is relative to the score."""
+    for scale in (0.25, 1e-3):
+        check(Problem(1, 1, 1, 16, 16, 16, "fp16", scale, softcap=15.0))
+
+
 def test_heads_in_sections(monkeypatch):
     """Five heads of two batches, two at a time: every row block of every head is computed, once."""
     monkeypatch.setattr(fwd_v2_mma, "L2_BYTES", 2 * 4 * 40 * 16)
     check(Problem(2, 5, 5, 40, 40, 16, "fp16", mask=Mask(True)))
 
 
-SWITCHED = [dict(rows=16), dict(rows=32), dict(stages=3), dict(q_in_registers=True), dict(lazy=False)]
+SWITCHED = [
+    dict(rows=16), dict(rows=32), dict(stages=3), dict(lazy=False), dict(ahead=True), dict(ahead=True, stages=3),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("switches", SWITCHED, ids=str)

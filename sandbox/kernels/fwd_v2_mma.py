@@ -11,11 +11,11 @@ from functools import partial
 
 from numba import cuda, float32, int16, int32, uint32
 
-from ..device import Launch
+from ..device import Launch, device_function
 from ..device.launch import addressable
 from ..device.mma import Shared16, Warps
 from ..device.ptx import commit_group, wait_group
-from ..device.rows import NONE, SOME, Rows, rescale
+from ..device.rows import ALL, NONE, Rows, rescale
 from ..device.scalar import LN_2, LOG2_E, NEG_INF, ONE, ZERO, divide, log2, quotient
 from ..variant import Infeasible, Tile, Unsupported, Variant
 
@@ -34,25 +34,26 @@ class Switches:
     rows    of a warp: 16 or 32
     stages  tiles of K and of V that are on their way or in use
     blocks  that are to share a multiprocessor, as far as registers go
-    q_in_registers  Q is read from its tile once, and not at every step
     lazy    O is rescaled only where a row's maximum has grown a lot
+    ahead   S of the next block is computed beside the softmax of this one
     """
 
     rows: int = 32
     stages: int = 2
     blocks: int = 1
-    q_in_registers: bool = False
     lazy: bool = True
+    ahead: bool = False
 
     def registers(self, d: int, Bc: int) -> int:
-        """That a thread needs for S [rows, Bc], O [rows, d] and Q where it is there."""
-        return self.rows // 16 * (Bc + d + d // 2 * self.q_in_registers) // 2
+        """That a thread needs for S [rows, Bc], one or two of them, and O [rows, d]."""
+        return self.rows // 16 * (Bc * (1 + self.ahead) + d) // 2
 
 
 def chosen(problem, tile, device, **turned) -> Switches:
     """The switches that are used: 32 rows a warp where registers allow, else 16; those `turned` as they are there."""
-    rows = 32 if tile.Br % 32 == 0 and Switches(32).registers(problem.d, tile.Bc) <= REGISTERS else 16
-    return replace(Switches(rows), **turned)
+    wide = replace(Switches(32), **turned)
+    narrow = tile.Br % 32 or wide.registers(problem.d, tile.Bc) > REGISTERS
+    return replace(wide, rows=16, **turned) if narrow and "rows" not in turned else wide
 
 
 def shared_tiles(problem, tile, switches) -> Shared16:
@@ -90,18 +91,21 @@ def usual(problem, device) -> Tile:
 def build(problem, tile, device, **turned):
     s = chosen(problem, tile, device, **turned)
     d, Bc, MI, STAGES = problem.d, tile.Bc, s.rows // 16, s.stages
-    ROWS, Br, NI, NO, KI = s.rows, tile.Br, tile.Bc // 8, d // 8, d // 16
+    ROWS, Br, NI, NO = s.rows, tile.Br, tile.Bc // 8, d // 8
     warps, rows = Warps(Br // ROWS, problem.dtype), Rows(problem, MI, Bc, s.lazy)
     tile_Q, tile_K, tile_V = shared = shared_tiles(problem, tile, s)
     where, copy_Q, copy_KV = warps.where(), warps.copy(Br, d), warps.copy(Bc, d)
-    IN_REGISTERS = s.q_in_registers
-    QKt = warps.product_rt(MI, Bc, d) if IN_REGISTERS else warps.product_nt(MI, Bc, d)
-    PV, load_Q = warps.product_rn(MI, d, 16), warps.load(MI, d)
-    clear_S, clear_O, rescale_O = warps.fill(MI, Bc), warps.fill(MI, d), rescale(MI, d)
+    QKt, PV = warps.product_nt(MI, Bc, d), warps.product_rn(MI, d, 16)
+    clear_S, move, clear_O, rescale_O = warps.fill(MI, Bc), warps.move(MI, Bc), warps.fill(MI, d), rescale(MI, d)
     put_O, store_O = warps.put(MI, d), warps.store(ROWS, d)
     look, hide, score, follow, weights = rows.look, rows.hide, rows.score, rows.follow, rows.weights
-    row_sum, arrived, all_arrived = rows.row_sum, wait_group(STAGES - 2), wait_group(0)
-    BANDED = problem.mask.banded
+    row_sum, first_arrived, arrived, all_arrived = rows.row_sum, *map(wait_group, (STAGES - 1, STAGES - 2, 0))
+    BANDED, AHEAD = problem.mask.banded, int(s.ahead)
+
+    @device_function
+    def scores(rS, sQ, w0, sK, b):
+        clear_S(rS)
+        QKt(rS, sQ, w0, sK, b)
 
     def kernel(SCORED):
         @cuda.jit
@@ -123,8 +127,8 @@ def build(problem, tile, device, **turned):
             sQ = tile_Q(smem)  # [Br, d]
             sK = tile_K(smem)  # STAGES x [Bc, d]
             sV = tile_V(smem)
-            rQ = cuda.local.array((MI, KI, 4), uint32)  # Q, this warp's rows
             rS = cuda.local.array((MI, NI, 4), float32)  # S  [rows, Bc]
+            rT = cuda.local.array((MI, NI, 4), float32)  # S of the next step
             rP = cuda.local.array((MI, 1, 4), uint32)  # P̃, 16 keys of it
             rO = cuda.local.array((MI, NO, 4), float32)  # O  [rows, d]
             rm = cuda.local.array((MI, 2), float32)
@@ -141,42 +145,58 @@ def build(problem, tile, device, **turned):
             first, end = int32(first // Bc), int32((end + Bc - 1) // Bc)
             steps = int32(end - first)
 
+            # Step p works on key block end - 1 - p, in slot p % STAGES; K's blocks may be a step ahead of V's
             copy_Q(sQ, 0, Qh, i0, N_q, thread)
+            if AHEAD:
+                if steps > 0:
+                    copy_KV(sK, 0, Kh, (end - 1) * Bc, N_k, thread)
+                commit_group()
             for p in range(STAGES - 1):
+                if p + AHEAD < steps:
+                    copy_KV(sK, (p + AHEAD) % STAGES * Bc, Kh, (end - 1 - AHEAD - p) * Bc, N_k, thread)
                 if p < steps:
-                    copy_KV(sK, p * Bc, Kh, (end - 1 - p) * Bc, N_k, thread)
                     copy_KV(sV, p * Bc, Vh, (end - 1 - p) * Bc, N_k, thread)
                 commit_group()
-            stage, free = 0, STAGES - 1
+            if AHEAD and steps > 0:
+                first_arrived()
+                cuda.syncthreads()
+                scores(rS, sQ, w0, sK, 0)
+            slot, free = 0, STAGES - 1
             for p in range(steps):
                 arrived()
-                cuda.syncthreads()
+                cuda.syncthreads()  # this step's K and V are here; those of the step before have been read
                 j = end - 1 - p
+                if j - (STAGES - 1) - AHEAD >= first:
+                    place = slot if AHEAD else free
+                    copy_KV(sK, place * Bc, Kh, (j - (STAGES - 1) - AHEAD) * Bc, N_k, thread)
                 if j - (STAGES - 1) >= first:
-                    copy_KV(sK, free * Bc, Kh, (j - (STAGES - 1)) * Bc, N_k, thread)
                     copy_KV(sV, free * Bc, Vh, (j - (STAGES - 1)) * Bc, N_k, thread)
                 commit_group()
-                if IN_REGISTERS and p == 0:
-                    load_Q(rQ, sQ, w0)
+                after = slot + 1 if slot + 1 < STAGES else 0
+
                 seen = look(i0 + w0, j * Bc, N_q, N_k, lo, hi)
-                if seen != NONE:
-                    # S = Q Kᵀ
-                    clear_S(rS)
-                    if IN_REGISTERS:
-                        QKt(rS, rQ, 0, sK, stage * Bc)
-                    else:
-                        QKt(rS, sQ, w0, sK, stage * Bc)
+                if seen != NONE or AHEAD:
+                    # S = Q Kᵀ  [rows, Bc]
+                    if not AHEAD:
+                        scores(rS, sQ, w0, sK, slot * Bc)
                     if SCORED:
                         score(rS, scale, softcap)
-                    if seen == SOME:
+                    if seen != ALL:
                         hide(rS, i0 + w0, j * Bc, N_k, lo, hi, lane)
+                    if AHEAD:  # after the last block that block again, for nothing: a branch would part the two
+                        scores(rT, sQ, w0, sK, (after if j > first else slot) * Bc)
+
+                    # m, O = diag(exp(m_old - m)) O
                     if follow(rS, rm, rl, ralpha, unit):
                         rescale_O(rO, ralpha)
+
+                    # l, P̃ = exp(S - m), O += P̃ V  [rows, d], by 16 keys: products go on beside exponentials
                     for k in range(Bc // 16):
                         weights(rP, rS, k, rm, rl, unit)
-                        PV(rO, rP, 0, sV, stage * Bc + 16 * k)
-                free = stage
-                stage = stage + 1 if stage + 1 < STAGES else 0
+                        PV(rO, rP, 0, sV, slot * Bc + 16 * k)
+                    if AHEAD:
+                        move(rS, rT)
+                free, slot = slot, after
 
             if steps <= 0:  # Q has been waited for by nobody, and O leaves through its tile
                 all_arrived()
