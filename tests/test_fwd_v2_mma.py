@@ -121,6 +121,7 @@ def test_heads_in_sections(monkeypatch):
 
 SWITCHED = [
     dict(rows=16), dict(rows=32), dict(stages=3), dict(lazy=False), dict(ahead=True), dict(ahead=True, stages=3),
+    dict(pairs=True), dict(pairs=True, rows=16, stages=3),
 ]  # fmt: skip
 
 
@@ -128,7 +129,8 @@ SWITCHED = [
 @pytest.mark.parametrize("mask", [Mask(), Mask(True), Mask(window=(9, 3))], ids=str)
 def test_exact_with_a_switch_turned(switches, mask):
     problem = Problem(1, 2, 1, 40, 75, 32, "fp16", mask=mask)
-    check(problem, tile=Tile(32, 16), variant=fwd_v2_mma.turned(**switches))
+    tile = Tile(32, 32 if "pairs" in switches else 16)
+    check(problem, tile=tile, variant=fwd_v2_mma.turned(**switches))
 
 
 # ---- what it takes --------------------------------------------------------------------------------------------------

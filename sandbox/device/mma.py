@@ -120,6 +120,10 @@ class Warps:
         """product(rC, sA, a, sB, b): rC [rows, N] += sA[a : a + rows, :K] · sB[b : b + K, :N]."""
         return self._product(MI, N, K, _rows_of_A, _columns_of_B)
 
+    def product_nn_part(self, MI: int, N: int, K: int):
+        """product(rC, sA, a, sB, b, c): rC [rows, N] += sA[a : a + rows, :K] · sB[b : b + K, c : c + N]."""
+        return self._product_at(MI, N, K, _rows_of_A, _columns_of_B)
+
     def product_tn(self, MI: int, N: int, K: int):
         """product(rC, sA, a, sB, b): rC [rows, N] += sA[:K, a : a + rows]ᵀ · sB[b : b + K, :N]."""
         return self._product(MI, N, K, _columns_of_A, _columns_of_B)
@@ -133,16 +137,25 @@ class Warps:
         return self._product(MI, N, K, _words_of_A, _columns_of_B)
 
     def _product(self, MI, N, K, block_of_A, block_of_B):
+        product_at = self._product_at(MI, N, K, block_of_A, block_of_B)
+
+        @device_function
+        def product(rC, A, a, sB, b):
+            product_at(rC, A, a, sB, b, 0)
+
+        return product
+
+    def _product_at(self, MI, N, K, block_of_A, block_of_B):
         """By 16 columns of A at a time; each block of B that is read serves all MI blocks of A's rows."""
         mma, _ = MMA[self.dtype]
 
         @device_function
-        def step(rC, A, a, sB, b, k):
+        def step(rC, A, a, sB, b, c, k):
             rA = cuda.local.array((MI, 4), uint32)
             for mi in range(MI):
                 rA[mi, 0], rA[mi, 1], rA[mi, 2], rA[mi, 3] = block_of_A(A, a, mi, k)
             for n in range(0, N // 8, 2):
-                B = block_of_B(sB, b, 8 * n, k)
+                B = block_of_B(sB, b, c + 8 * n, k)
                 for mi in range(MI):
                     words = rA[mi, 0], rA[mi, 1], rA[mi, 2], rA[mi, 3]
                     for u in range(2):
@@ -151,7 +164,7 @@ class Warps:
                         C = mma(words, half, C)
                         rC[mi, n + u, 0], rC[mi, n + u, 1], rC[mi, n + u, 2], rC[mi, n + u, 3] = C
 
-        return _laid_out(step, 0, K)
+        return _laid_out(step, 0, K, 16 * min(4, max(1, 64 // (MI * N // 8))))
 
     def load(self, MI: int, K: int):
         """load(rA, sA, a): the words rA [MI, K / 16, 4] of sA[a : a + rows, :K]."""
@@ -203,16 +216,36 @@ class Warps:
 
     def put(self, MI: int, N: int):
         """put(sC, a, rC): sC[a : a + rows, :N] = rC, rounded."""
-        _, pack = MMA[self.dtype]
+        put_part = self.put_part(MI, N)
 
         @device_function
         def put(sC, a, rC):
+            put_part(sC, a, 0, rC)
+
+        return put
+
+    def put_part(self, MI: int, N: int):
+        """put(sC, a, c, rC): sC[a : a + rows, c : c + N] = rC, rounded."""
+        _, pack = MMA[self.dtype]
+
+        @device_function
+        def put(sC, a, c, rC):
             for mi in range(MI):
                 for n in range(0, N // 8, 2):
-                    stmatrix(sC, a + 16 * mi, 8 * n, (
+                    stmatrix(sC, a + 16 * mi, c + 8 * n, (
                         pack(rC[mi, n, 0], rC[mi, n, 1]), pack(rC[mi, n, 2], rC[mi, n, 3]),
                         pack(rC[mi, n + 1, 0], rC[mi, n + 1, 1]), pack(rC[mi, n + 1, 2], rC[mi, n + 1, 3]),
                     ))  # fmt: skip
+
+        return put
+
+    def put_words(self, MI: int):
+        """put(sC, a, c, rA): sC[a : a + rows, c : c + 16] = the words rA [MI, 1, 4]."""
+
+        @device_function
+        def put(sC, a, c, rA):
+            for mi in range(MI):
+                stmatrix(sC, a + 16 * mi, c, (rA[mi, 0, 0], rA[mi, 0, 1], rA[mi, 0, 2], rA[mi, 0, 3]))
 
         return put
 
@@ -232,23 +265,23 @@ class Warps:
         return store
 
 
-def _laid_out(step, k, end):
-    """product(rC, A, a, sB, b): the steps k, k + 16, … one after the other: NVVM keeps a loop this long rolled."""
-    if end - k <= 64:
+def _laid_out(step, k, end, short):
+    """product(rC, A, a, sB, b, c): the steps k, k + 16, … one after the other: NVVM unrolls short loops only."""
+    if end - k <= short:
 
         @device_function
-        def product(rC, A, a, sB, b):
+        def product(rC, A, a, sB, b, c):
             for column in range(k, end, 16):
-                step(rC, A, a, sB, b, column)
+                step(rC, A, a, sB, b, c, column)
 
     else:
         middle = (k + end) // 32 * 16
-        head, tail = _laid_out(step, k, middle), _laid_out(step, middle, end)
+        head, tail = _laid_out(step, k, middle, short), _laid_out(step, middle, end, short)
 
         @device_function
-        def product(rC, A, a, sB, b):
-            head(rC, A, a, sB, b)
-            tail(rC, A, a, sB, b)
+        def product(rC, A, a, sB, b, c):
+            head(rC, A, a, sB, b, c)
+            tail(rC, A, a, sB, b, c)
 
     return product
 

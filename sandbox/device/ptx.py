@@ -28,6 +28,7 @@ copy_chunk(tile, row, column, X, n, step, seen)  with row and n step further: ti
 commit_group()                        closes the group of this lane's copies since the last one
 wait_group(newest)()                  until all groups but so many of the newest have arrived: for this lane's eyes
 store_chunk(X, n, tile, row, column)  X[n, column : +8] = tile[row, column : +8]
+named_barrier(threads)(name)          syncthreads for so many threads, whole warps, that name the same of 1 to 15
 fma(x, y, z)                          x·y + z, rounded once
 """
 
@@ -45,4 +46,4 @@ mma_fp16, mma_bf16 = instructions.mma_fp16, instructions.mma_bf16
 pack_fp16, pack_bf16 = instructions.pack_fp16, instructions.pack_bf16
 copy_chunk, store_chunk = instructions.copy_chunk, instructions.store_chunk
 commit_group, wait_group = instructions.commit_group, instructions.wait_group
-fma = instructions.fma
+named_barrier, fma = instructions.named_barrier, instructions.fma

@@ -226,6 +226,18 @@ def wait_group(newest: int):
     return _named(wait, f"wait_group {newest}")
 
 
+def named_barrier(threads: int):
+    def barrier(typingctx, name):
+        def codegen(context, builder, sig, args):
+            name = context.cast(builder, args[0], sig.args[0], types.int32)
+            _asm(builder, f"bar.sync $0, {threads};", "r", VOID, [name])
+            return context.get_dummy_value()
+
+        return types.void(name), codegen
+
+    return _named(barrier, f"named_barrier {threads}")
+
+
 @intrinsic
 def fma(typingctx, x, y, z):
     def codegen(context, builder, sig, args):

@@ -152,6 +152,16 @@ def store_chunk(X, n, tile, row, column):
 commit_group, wait_group = simulator.commit_group, simulator.wait_group
 
 
+def named_barrier(threads):
+    """All the block's threads meet: each of its groups is expected to come as often as the others."""
+
+    @register
+    def barrier(name):
+        cuda.syncthreads()
+
+    return barrier
+
+
 def fma(x, y, z):
     """A product of two float32 is exact in float64."""
     return np.float32(np.float64(x) * np.float64(y) + np.float64(z))

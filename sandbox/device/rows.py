@@ -71,7 +71,18 @@ class Rows:
                             rS[mi, n, e] = softcap * tanh_fast(rS[mi, n, e])
 
         @device_function
-        def follow(rS, rm, rl, ralpha, unit):
+        def tops(rtop, rS):
+            """The maximum of each row."""
+            for mi in range(MI):
+                for h in range(2):
+                    top = max(rS[mi, 0, 2 * h], rS[mi, 0, 2 * h + 1])
+                    for n in range(1, NI):
+                        top = max(top, max(rS[mi, n, 2 * h], rS[mi, n, 2 * h + 1]))
+                    top = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 1))
+                    rtop[mi, h] = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 2))
+
+        @device_function
+        def follow(rtop, rm, rl, ralpha, unit):
             """m, and alpha = 2^(m_old - m), what O and l of before are worth now; l is brought up to it.
 
             Returns whether any alpha of the warp is not 1.
@@ -79,11 +90,7 @@ class Rows:
             changed = False
             for mi in range(MI):
                 for h in range(2):
-                    top = max(rS[mi, 0, 2 * h], rS[mi, 0, 2 * h + 1])
-                    for n in range(1, NI):
-                        top = max(top, max(rS[mi, n, 2 * h], rS[mi, n, 2 * h + 1]))
-                    top = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 1))
-                    top = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 2)) * unit
+                    top = rtop[mi, h] * unit
                     ralpha[mi, h] = ONE
                     if top > rm[mi, h] + LEEWAY:
                         ralpha[mi, h] = exp2(rm[mi, h] - top)
@@ -110,7 +117,7 @@ class Rows:
             x += cuda.shfl_xor_sync(ALL_LANES, x, 1)
             return x + cuda.shfl_xor_sync(ALL_LANES, x, 2)
 
-        self.look, self.hide, self.score, self.follow = look, hide, score, follow
+        self.look, self.hide, self.score, self.tops, self.follow = look, hide, score, tops, follow
         self.weights, self.row_sum = weights, row_sum
 
 
