@@ -115,12 +115,12 @@ def architecture() -> str:
 def kernel(function, argument_types: tuple, threads: int, blocks: int = 1) -> Binary:
     """The binary of a kernel for these argument types, threads a block and blocks a multiprocessor, from the cache or
     compiled now."""
-    arch = architecture()
-    file = file_of(function.__name__, (_fingerprint(function), argument_types, (threads, blocks), arch, _versions()))
+    arch, bounds = architecture(), (threads, blocks) if blocks > 1 else threads
+    file = file_of(function.__name__, (_fingerprint(function), argument_types, bounds, arch, _versions()))
     with _lock:
         if (kept := read(file)) is not None:
             return Binary(*kept)
-        binary = _compile(function, argument_types, (threads, blocks), arch)
+        binary = _compile(function, argument_types, bounds, arch)
         write(file, binary.cubin, binary.report)
         return binary
 

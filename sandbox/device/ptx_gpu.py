@@ -6,6 +6,9 @@ second is a constant, which ptxas writes into the instruction, and the first is 
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 from llvmlite import ir
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
@@ -15,6 +18,7 @@ from .intrinsics import row_pointer
 
 I32, I64, F32, VOID = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.VoidType()
 FOUR = ir.VectorType(I32, 4)
+SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 WORD, FLOAT = types.uint32, types.float32
 WORDS, FLOATS = types.UniTuple(WORD, 4), types.UniTuple(FLOAT, 4)
 
@@ -154,10 +158,10 @@ def _pack(name: str, kind: str):
 
 
 def _named(function, name: str):
-    """An intrinsic with a fingerprint: what a kernel that calls it compiles to depends on no more than this name."""
+    """An intrinsic with a fingerprint: its name and this file decide what a kernel that calls it compiles to."""
     function.__name__ = function.__qualname__ = name
     made = intrinsic(function)
-    made.fingerprint = name
+    made.fingerprint = name, SOURCE
     return made
 
 
@@ -185,7 +189,7 @@ def copy_chunk(typingctx, tile, row, column, X, n, step, seen):
     return types.void(tile, row, column, X, n, step, types.boolean), codegen
 
 
-copy_chunk.fingerprint = "copy_chunk"
+copy_chunk.fingerprint = "copy_chunk", SOURCE
 
 
 @intrinsic
@@ -200,7 +204,7 @@ def store_chunk(typingctx, X, n, tile, row, column):
     return types.void(X, n, tile, row, column), codegen
 
 
-store_chunk.fingerprint = "store_chunk"
+store_chunk.fingerprint = "store_chunk", SOURCE
 
 
 @intrinsic
@@ -212,7 +216,7 @@ def commit_group(typingctx):
     return types.void(), codegen
 
 
-commit_group.fingerprint = "commit_group"
+commit_group.fingerprint = "commit_group", SOURCE
 
 
 def wait_group(newest: int):
@@ -246,4 +250,4 @@ def fma(typingctx, x, y, z):
     return FLOAT(FLOAT, FLOAT, FLOAT), codegen
 
 
-fma.fingerprint = "fma"
+fma.fingerprint = "fma", SOURCE
