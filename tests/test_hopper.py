@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from sass import disassembled, nvdisasm
 
 import sandbox
 from sandbox import catalog, emulator, target
@@ -239,24 +237,6 @@ def test_there_is_a_tile_for_every_head_dim(d, causal):
 # ---- the binary for sm_90a, with or without a GPU -------------------------------------------------------------------
 
 INSTRUCTIONS = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "MUFU.EX2", "STSM")
-
-
-def disassembled(cubin: bytes, folder: Path) -> str:
-    (file := folder / "kernel.cubin").write_bytes(cubin)
-    tool = nvdisasm()
-    return subprocess.run([tool, "-c", str(file)], capture_output=True, text=True, check=True).stdout
-
-
-def nvdisasm() -> str | None:
-    """The disassembler of the package nvidia-cuda-nvdisasm, else of a toolkit."""
-    import shutil
-    import site
-
-    for folder in site.getsitepackages():
-        for tool in Path(folder, "nvidia").glob("cu*/bin/nvdisasm"):
-            if os.access(tool, os.X_OK):
-                return str(tool)
-    return shutil.which("nvdisasm")
 
 
 @pytest.mark.parametrize("scored", [False, True], ids=["plain", "scored"])

@@ -54,24 +54,25 @@ def architecture() -> str:
     return f"sm_{major}{minor}" + "a" * (major == 9)
 
 
-def kernel(function, argument_types: tuple, threads: int) -> Binary:
-    """The binary of a kernel for these argument types and threads a block, from the cache or compiled now."""
-    arch = architecture()
-    file = file_of(function.__name__, (_fingerprint(function), argument_types, threads, arch, _versions()))
+def kernel(function, argument_types: tuple, threads: int, blocks: int = 1) -> Binary:
+    """The binary of a kernel for these argument types, threads a block and blocks a multiprocessor, from the cache or
+    compiled now."""
+    arch, bounds = architecture(), (threads, blocks) if blocks > 1 else threads
+    file = file_of(function.__name__, (_fingerprint(function), argument_types, bounds, arch, _versions()))
     with _lock:
         if (kept := read(file)) is not None:
             return Binary(*kept, arch)
-        binary = _compile(function, argument_types, threads, arch)
+        binary = _compile(function, argument_types, bounds, arch)
         write(file, binary.cubin, binary.report)
         return binary
 
 
-def _compile(function, argument_types, threads, arch) -> Binary:
+def _compile(function, argument_types, bounds, arch) -> Binary:
     _compile_without_gpu()
     cc = tuple(int(x) for x in re.match(r"sm_(\d+)(\d)", arch).groups()) + (("a",) if arch.endswith("a") else ())
     with _uncollected():
         ptx, _ = cuda.compile(
-            function, types.void(*argument_types), device=False, abi="numba", cc=cc, output="ptx", launch_bounds=threads
+            function, types.void(*argument_types), device=False, abi="numba", cc=cc, output="ptx", launch_bounds=bounds
         )
     entry = re.search(r"\.entry (\S+)\(", ptx).group(1)
     source = ptx.encode()

@@ -16,6 +16,7 @@ import torch
 from .. import emulator, nvrtc
 from ..problem import Problem
 from . import launch as launches
+from .launch import addressable
 from .scalar import SIMULATED
 
 HEADERS = Path(__file__).parents[1] / "kernels" / "hopper"  # of kernels elsewhere, too
@@ -217,10 +218,3 @@ def _host(parameter, x):
     if isinstance(parameter, Output):
         return ctypes.c_void_p(None if x is None else x.data_ptr())
     return x
-
-
-def addressable(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy where the copy engine cannot address it: gaps between columns, odd strides, expanded dimensions."""
-    bytes = [s * x.element_size() for s, n in zip(x.stride()[:-1], x.shape[:-1]) if n > 1]
-    fits = x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(s > 0 and s % 16 == 0 for s in bytes)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)

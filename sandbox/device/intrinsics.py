@@ -47,7 +47,7 @@ def _element(context, builder, kind, array, indices, index_types):
     return builder.gep(array.data, [builder.add(builder.mul(row, ld), column)])
 
 
-def _row(context, builder, kind, array, n, index_type):
+def row_pointer(context, builder, kind, array, n, index_type):
     """Pointer to the first byte of row n of a strided array, in global memory."""
     array = arrayobj.make_array(kind)(context, builder, array)
     n = context.cast(builder, n, index_type, types.intp)
@@ -117,7 +117,7 @@ def copy_quad(typingctx, tile, r, k, X, n, seen):
     def codegen(context, builder, sig, args):
         to = _element(context, builder, sig.args[0], args[0], args[1:3], sig.args[1:3])
         to = builder.ptrtoint(builder.addrspacecast(to, ir.PointerType(to.type.pointee, 3)), ir.IntType(32))
-        row = _row(context, builder, sig.args[3], args[3], args[4], sig.args[4])
+        row = row_pointer(context, builder, sig.args[3], args[3], args[4], sig.args[4])
         column = context.cast(builder, args[2], sig.args[2], types.intp)
         start = builder.gep(builder.bitcast(row, ir.PointerType(ir.FloatType(), 1)), [column])
         start = builder.ptrtoint(start, ir.IntType(64))
@@ -154,7 +154,7 @@ def adjacent(typingctx, X, n, c):
 
     def codegen(context, builder, sig, args):
         kind = context.get_data_type(sig.args[0].dtype)
-        start = _row(context, builder, sig.args[0], args[0], args[1], sig.args[1])
+        start = row_pointer(context, builder, sig.args[0], args[0], args[1], sig.args[1])
         column = context.cast(builder, args[2], sig.args[2], types.intp)
         element = builder.gep(builder.bitcast(start, ir.PointerType(kind, 1)), [column])
         return context.data_model_manager[sig.return_type].from_data(builder, builder.load(element))

@@ -35,13 +35,14 @@ class Launch:
     threads  threads a block
     warp     lanes that the kernel relies on to run in step (at most 32); the simulator's warps are that narrow
     shared   bytes of dynamic shared memory
+    blocks   that are to share a multiprocessor, as far as registers go
     Arguments are torch tensors (bf16 and bool as their bits), ints (int32) and floats (float32), always in that type.
     """
 
-    def __init__(self, kernel, threads: int, shared: int = 0, warp: int = 32):
+    def __init__(self, kernel, threads: int, shared: int = 0, warp: int = 32, blocks: int = 1):
         self.function, self.name = kernel.py_func, kernel.py_func.__name__
         self.names = list(inspect.signature(self.function).parameters)
-        self.threads, self.shared, self.warp = threads, shared, warp
+        self.threads, self.shared, self.warp, self.blocks = threads, shared, warp, blocks
         self._compiled, self._kernels, self._here = {}, {}, Prepared()
 
     def __call__(self, grid: int, *args) -> None:
@@ -72,7 +73,7 @@ class Launch:
 
         key = compile.signature(args), torch.cuda.current_device() if torch.cuda.is_available() else None
         if key not in self._compiled:
-            self._compiled[key] = compile.kernel(self.function, key[0], self.threads)
+            self._compiled[key] = compile.kernel(self.function, key[0], self.threads, self.blocks)
         return self._compiled[key]
 
 
@@ -126,6 +127,14 @@ def compiling():
 def scratch(*shape: int, like: torch.Tensor) -> torch.Tensor:
     """An uninitialised float32 tensor on like's device; poisoned with NaN where that costs nothing that matters."""
     return torch.full(shape, torch.nan, device=like.device) if SIMULATED else torch.empty(shape, device=like.device)
+
+
+def addressable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where copies of 16 bytes cannot read it: gaps between columns, odd strides, expanded dimensions."""
+    size = x.element_size()
+    strides = [s * size for s, n in zip(x.stride()[:-1], x.shape[:-1]) if n > 1]
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 BITS = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}

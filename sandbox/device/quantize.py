@@ -14,7 +14,8 @@ import torch
 
 from ..problem import NAMES
 from ..quantize import E4M3, HADAMARD, KEYS, KV_BLOCK, Q_BLOCK, Quantized, check_inputs, scale_of, signs
-from .hopper import HEADERS, HopperLaunch, addressable
+from .hopper import HEADERS, HopperLaunch
+from .launch import addressable
 
 FILE = HEADERS / "quantize.cu"
 BLOCKS, AMAX, GIVEN, TRANSPOSE = range(4)  # quantize.cu: Step

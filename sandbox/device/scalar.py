@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import cuda, float32, int16, int32
+from numba import cuda, float32, int16, int32, uint32
 from numba.cuda import types
 
 from .. import target
 
 SIMULATED = target.KIND == "simulator"
 
-ZERO, ONE = np.float32(0), np.float32(1)
+ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 NEG_INF = np.float32(-math.inf)
-LOG2_E = np.float32(math.log2(math.e))
+HALF = np.float32(0.5)
+TANH_3, TANH_5, TANH_7, TANH_9 = map(np.float32, (-0.33333144, 0.13325879, -0.053045493, 0.017241491))
+TWO_LOG2_E = np.float32(2 * math.log2(math.e))
+LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
 
 
 def device_function(function):
@@ -27,7 +30,8 @@ def device_function(function):
 
 
 if SIMULATED:
-    exp, log, tanh = np.exp, np.log, np.tanh
+    exp, exp2, log, log2, tanh = np.exp, np.exp2, np.log, np.log2, np.tanh
+    divide, quotient = np.divide, divmod
     from_fp16 = np.float32
     to_fp16 = np.float16
 
@@ -46,16 +50,31 @@ if SIMULATED:
 else:
     from numba.cuda import libdevice
 
-    from .intrinsics import ex2
+    from .intrinsics import ex2 as exp2
 
     @device_function
     def exp(x):
         """2^(x · log2 e): two instructions, off by about |x| ulp, which the gate's 4u·A covers."""
-        return ex2(x * LOG2_E)
+        return exp2(x * LOG2_E)
+
+    @device_function
+    def quotient(a, b):
+        """(a // b, a % b) of integers from 0 to 2³¹ - 1, in 32 bits: a division in 64 calls a function."""
+        q = int32(uint32(a) // uint32(b))
+        return q, int32(a - q * b)
+
+    @device_function
+    def divide(x, y):
+        """x / y to 2 ulp, without the care for its rounding; 0 where y is above 2¹²⁶."""
+        return libdevice.fast_fdividef(x, y)
 
     @device_function
     def log(x):
         return math.log(x)
+
+    @device_function
+    def log2(x):
+        return libdevice.log2f(x)
 
     @device_function
     def tanh(x):
@@ -82,6 +101,15 @@ else:
         bits = libdevice.float_as_int(x)
         lsb = (bits >> int32(16)) & int32(1)
         return int16((bits + int32(0x7FFF) + lsb) >> int32(16))
+
+
+@device_function
+def tanh_fast(x):
+    """1 - 2 / (1 + e^2x), and near 0, where that would cancel, a polynomial (fitted, off by 2⁻²⁶): relative to 2⁻²²."""
+    s = x * x
+    near = x + x * s * (TANH_3 + s * (TANH_5 + s * (TANH_7 + s * TANH_9)))
+    far = ONE - divide(TWO, ONE + exp2(x * TWO_LOG2_E))
+    return near if abs(x) < HALF else far
 
 
 @device_function

@@ -359,8 +359,8 @@ class _Cuda:
     def laneid(self):
         return self.current.lane
 
-    def _meet(self, kind, value=None):
-        frame = sys._getframe(2)
+    def _meet(self, kind, value=None, depth=2):
+        frame = sys._getframe(depth)
         self.current.request = (kind, (frame.f_code, frame.f_lineno), value)
         return self.hub.switch()
 
@@ -385,6 +385,18 @@ class _Cuda:
         if partner // self.warpsize != x // self.warpsize or partner not in values:
             raise OutOfBounds(f"thread {x} shuffles with thread {partner}: not in its warp of {self.warpsize} lanes")
         return values[partner]
+
+    def any_sync(self, mask, value):
+        return any(self._meet("shuffle", value).values())
+
+    def exchange(self, value):
+        """What each of a warp's 32 lanes gives: lane -> value, one dictionary for all of them."""
+        values, first = self._meet("shuffle", value, depth=4), self.current.threadIdx.x // LANES * LANES
+        if "lanes" not in values:
+            if len(values) != LANES:
+                raise SimulatorError(f"a warp of {len(values)} lanes: tensor cores need {LANES}")
+            values["lanes"] = {x - first: given for x, given in values.items()}
+        return values["lanes"]
 
 
 class _Local:
@@ -439,31 +451,64 @@ def register(function):
     return function
 
 
-def tile_of(smem, name, shape):
-    """The block's shared tile of that name and shape, float32."""
+def tile_of(smem, name, shape, dtype=np.float32):
+    """The block's shared tile of that name and shape."""
     if name not in smem:
-        smem[name] = SharedArray(name, shape, np.float32)
+        smem[name] = SharedArray(name, shape, dtype)
     return smem[name]
 
 
-_copies: dict[int, list] = {}  # thread -> the copies that it has under way: (tile, index, value)
+_copies: dict[int, list[list]] = {}  # thread -> groups of copies under way, (tile, index, value); the last is open
 _copies_from: dict[int, tuple] = {}  # and the line of the kernel that started the first of them
 
 
 def copy_quad(tile, r, k, X, n, seen):
     """tile[r, k : k + 4] = X[n, k : k + 4], or zeros where not seen: there once the thread calls `copies_arrive`."""
-    for c in range(k, k + 4):
-        value = X[n, c] if seen else 0
+    copy(tile, r, k, 4, lambda c: X[n, c] if seen else 0)
+
+
+def copy(tile, r, k, width, value_at):
+    """tile[r, c] = value_at(c) for columns k … k + width - 1: read now, there once the thread has waited for it."""
+    group = _copies.setdefault(_now.thread, [[]])[-1]
+    for c in range(k, k + width):
+        value = value_at(c)
         tile.start_copy((r, c))
-        _copies.setdefault(_now.thread, []).append((tile, (r, c), value))
+        group.append((tile, (r, c), value))
     if _now.thread not in _copies_from:
         _copies_from[_now.thread] = _kernel_line(sys._getframe())
 
 
+def commit_group():
+    """The copies that this thread has started since it did so last are one group."""
+    if _now.thread in _copies:
+        _copies[_now.thread].append([])
+
+
+def wait_group(newest):
+    """A function that waits until all but that many of this thread's groups have arrived, the newest."""
+
+    def wait():
+        groups = _copies.get(_now.thread, [[]])
+        _end_copies(groups, max(0, len(groups) - 1 - newest))
+
+    return wait
+
+
 def copies_arrive():
-    _copies_from.pop(_now.thread, None)
-    for tile, index, value in _copies.pop(_now.thread, ()):
-        tile.end_copy(index, value)
+    groups = _copies.get(_now.thread, [])
+    _end_copies(groups, len(groups))
+
+
+def _end_copies(groups, count):
+    """The first so many groups of this thread arrive."""
+    for group in groups[:count]:
+        for tile, index, value in group:
+            tile.end_copy(index, value)
+    del groups[:count]
+    if not any(groups):
+        _copies_from.pop(_now.thread, None)
+    if not groups:
+        _copies.pop(_now.thread, None)
 
 
 def _kernel_line(frame) -> tuple[str, int]:
@@ -547,10 +592,10 @@ def _run_block(greenlet, cuda, function, args, block, count, warp):
                     runnable += lanes
             if not runnable and _meet(threads, ("block",), "threads"):
                 runnable = threads
-        if _copies:
+        left = [copy for groups in _copies.values() for group in groups for copy in group[:1]]
+        if left:
             error = SimulatorError(
-                f"copies into {next(iter(_copies.values()))[0][0].name}, by {len(_copies)} threads of block {block}, "
-                "were never waited for"
+                f"copies into {left[0][0].name}, by {len(_copies_from)} threads of block {block}, were never waited for"
             )
             error.sites = tuple(sorted(set(_copies_from.values())))
             raise error

@@ -27,7 +27,9 @@ GPU_MASKS = [(False, False, 0.0), (True, False, 0.0), (False, True, 0.0), (True,
 OWN_BUILDS = [
     (64, "fp16", Tile(192, 64)), (40, "bf16", Tile(128, 64)), (128, "bf16", Tile(128, 80)),
     (256, "fp16", Tile(128, 64)), (128, "fp16", Tile(192, 96)), (64, "bf16", Tile(192, 160)),
+    (16, "fp16", Tile(16, 16)), (48, "bf16", Tile(32, 16)), (96, "fp16", Tile(16, 32)), (32, "bf16", Tile(32, 32)),
 ]  # fmt: skip
+DEAREST = 2e-3  # seconds a tile may take, a multiply-add a pair, where it is simulated
 
 
 @functools.cache
@@ -35,6 +37,8 @@ def own_builds(variant: Variant) -> list[tuple]:
     """(d, dtype, tile, banded, boolean, softcap) of those that such a kernel takes."""
     found = []
     for d, dtype, tile in OWN_BUILDS:
+        if tile not in variant.tiles or SIMULATED and tile.Br * tile.Bc * variant.pace > DEAREST:
+            continue
         for banded, boolean, softcap in GPU_MASKS:
             kind = Problem(1, 1, 1, 1, 1, d, dtype, mask=Mask(causal=banded, boolean=boolean), softcap=softcap)
             try:

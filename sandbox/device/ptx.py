@@ -1,0 +1,49 @@
+"""Instructions of the tensor cores, one function each; the same names on a GPU and on the simulator.  [PTX ISA 8.x]
+
+A tile is a shared-memory array [rows, columns] of 16-bit numbers (fp16, or bf16 as int16 bits); columns is a multiple
+of 16.  Its 8-element chunks, 16 bytes each, are swizzled: eight rows of one column of chunks lie in different banks,
+whatever the width.  So a tile is read and written by these functions only, and each names a row and a column.
+
+A warp's lane holds of a block of 16 x 16 numbers four words of two, of one of 16 x 8 float32 (an accumulator) four
+numbers.  With g, t = lane // 4, lane % 4:
+
+    words        0: (g, 2t), (g, 2t + 1)    1: (g + 8, 2t), …    2: (g, 2t + 8), …    3: (g + 8, 2t + 8), …
+    accumulator  (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+
+so two accumulators side by side, packed pair by pair, are the words of a block: P feeds P V without a shuffle.
+All 32 lanes call those marked * together; (row, column) is then the same in all, both multiples of 16 (row: of 8).
+
+ldmatrix(tile, row, column)         * words 0, 1, 2, 3 of the block at (row, column)
+ldmatrix_right(tile, row, column)   * words 0, 2, 1, 3
+ldmatrix_trans(tile, row, column)   * words 0, 2, 1, 3 of its transpose
+ldmatrix_trans_right(tile, row, column)  * words 0, 1, 2, 3 of its transpose
+stmatrix(tile, row, column, words)  * the block at (row, column) = words 0, 1, 2, 3 (sm_90)
+stmatrix_trans(tile, row, column, words)  * words 0, 2, 1, 3 of its transpose
+mma_fp16(A, B, C), mma_bf16         * C + A·B: A [16, 16] four words, B [16, 8] two, C an accumulator; the two words of
+                                      each half of a B [16, 16] side by side: ldmatrix_right of Bᵀ, ldmatrix_trans of B
+pack_fp16(low, high), pack_bf16       a word of two float32, rounded to nearest even
+copy_chunk(tile, row, column, X, n, step, seen)  with row and n step further: tile[row, column : +8] =
+                                      X[n, column : +8], zeros where not seen; asynchronous; column and step are
+                                      multiples of 8, X's rows start at multiples of 16 bytes
+commit_group()                        closes the group of this lane's copies since the last one
+wait_group(newest)()                  until all groups but so many of the newest have arrived: for this lane's eyes
+store_chunk(X, n, tile, row, column)  X[n, column : +8] = tile[row, column : +8]
+named_barrier(threads)(name)          syncthreads for so many threads, whole warps, that name the same of 1 to 15
+fma(x, y, z)                          x·y + z, rounded once
+"""
+
+from .scalar import SIMULATED
+
+if SIMULATED:
+    from . import ptx_simulated as instructions
+else:
+    from . import ptx_gpu as instructions
+
+ldmatrix, ldmatrix_right = instructions.ldmatrix, instructions.ldmatrix_right
+ldmatrix_trans, ldmatrix_trans_right = instructions.ldmatrix_trans, instructions.ldmatrix_trans_right
+stmatrix, stmatrix_trans = instructions.stmatrix, instructions.stmatrix_trans
+mma_fp16, mma_bf16 = instructions.mma_fp16, instructions.mma_bf16
+pack_fp16, pack_bf16 = instructions.pack_fp16, instructions.pack_bf16
+copy_chunk, store_chunk = instructions.copy_chunk, instructions.store_chunk
+commit_group, wait_group = instructions.commit_group, instructions.wait_group
+named_barrier, fma = instructions.named_barrier, instructions.fma

@@ -1,0 +1,134 @@
+"""Rows: the mask and the online softmax on a warp's scores in registers.  [1805.02867, Algorithm 3; FA2, Algorithm 1]
+
+rS [MI, Bc / 8, 4] as mma.py lays it out: a lane holds rows g and g + 8 of each 16, four neighbouring lanes share a row.
+Arrays of rows are [MI, 2].  Scores are powers of 2: `unit` · S, unit = log2 e times the scale that S has not had yet.
+
+m need not be the maximum: any m gives the same quotient, as long as P̃ = 2^(unit·S - m) is neither too large nor too
+small for its format.  So m follows the maximum only where that has grown by more than ROOM, and O is seldom rescaled.
+It is subtracted by one fused multiply-add, which rounds the difference, not unit·S; alpha comes from the same m.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda, int32
+
+from ..problem import Problem
+from .mma import MMA
+from .ptx import fma
+from .scalar import NEG_INF, ONE, ZERO, device_function, divide, exp2, tanh_fast
+from .softmax import ALL_LANES
+
+NONE, SOME, ALL = 0, 1, 2  # what a warp sees of a tile
+ROOM = 8  # powers of 2 by which a maximum may be above m: P̃ <= 256 fits fp16
+
+
+class Rows:
+    """Of MI·16 rows and Bc keys.  Compile-time: the mask's kind.  Run time: its band (lo, hi), as Mask.band has it."""
+
+    def __init__(self, problem: Problem, MI: int, Bc: int, lazy: bool = True):
+        BANDED, SOFTCAP, NI = problem.mask.banded, problem.softcap > 0, Bc // 8
+        LEEWAY = np.float32(ROOM if lazy else 0)
+        _, pack = MMA[problem.dtype]
+
+        @device_function
+        def look(i0, j0, N_q, N_k, lo, hi):
+            """What rows i0 … of the warp see of keys j0 … j0 + Bc - 1."""
+            last = min(i0 + 16 * MI, N_q) - 1
+            if last < i0 or j0 >= N_k:
+                return NONE
+            if BANDED:
+                if last + hi < j0 or j0 + Bc - 1 < i0 + lo:
+                    return NONE
+                if j0 < last + lo or i0 + hi < j0 + Bc - 1:
+                    return SOME
+            return ALL if j0 + Bc <= N_k else SOME
+
+        @device_function
+        def hide(rS, i0, j0, N_k, lo, hi, lane):
+            """-inf where a row does not see a key."""
+            for mi in range(MI):
+                for h in range(2):
+                    i, j = i0 + 16 * mi + 8 * h + lane // 4, j0 + 2 * (lane % 4)
+                    first, last = int32(0), int32(N_k - 1 - j)  # of the keys seen, counted from j
+                    if BANDED:
+                        first, last = int32(i + lo - j), int32(min(last, i + hi - j))
+                    for n in range(NI):
+                        for e in range(2):
+                            if BANDED and 8 * n + e < first or 8 * n + e > last:
+                                rS[mi, n, 2 * h + e] = NEG_INF
+
+        @device_function
+        def score(rS, scale, softcap):
+            """S = scale · S, softcapped."""
+            if SOFTCAP:
+                scale = divide(scale, softcap)
+            for mi in range(MI):
+                for n in range(NI):
+                    for e in range(4):
+                        rS[mi, n, e] *= scale
+                        if SOFTCAP:
+                            rS[mi, n, e] = softcap * tanh_fast(rS[mi, n, e])
+
+        @device_function
+        def tops(rtop, rS):
+            """The maximum of each row."""
+            for mi in range(MI):
+                for h in range(2):
+                    top = max(rS[mi, 0, 2 * h], rS[mi, 0, 2 * h + 1])
+                    for n in range(1, NI):
+                        top = max(top, max(rS[mi, n, 2 * h], rS[mi, n, 2 * h + 1]))
+                    top = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 1))
+                    rtop[mi, h] = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 2))
+
+        @device_function
+        def follow(rtop, rm, rl, ralpha, unit):
+            """m, and alpha = 2^(m_old - m), what O and l of before are worth now; l is brought up to it.
+
+            Returns whether any alpha of the warp is not 1.
+            """
+            changed = False
+            for mi in range(MI):
+                for h in range(2):
+                    top = rtop[mi, h] * unit
+                    ralpha[mi, h] = ONE
+                    if top > rm[mi, h] + LEEWAY:
+                        ralpha[mi, h] = exp2(rm[mi, h] - top)
+                        rm[mi, h] = top
+                        rl[mi, h] *= ralpha[mi, h]
+                        changed = True
+            return cuda.any_sync(ALL_LANES, changed)
+
+        @device_function
+        def weights(rP, rS, k, rm, rl, unit):
+            """rP [MI, 1, 4] = P̃ = 2^(unit·S - m) of keys 16k … 16k + 15, as words; l sums it before it is rounded."""
+            for mi in range(MI):
+                for h in range(2):
+                    to = ZERO if rm[mi, h] == NEG_INF else -rm[mi, h]  # a row that has seen nothing: P̃ = 0
+                    for u in range(2):
+                        p0 = exp2(fma(rS[mi, 2 * k + u, 2 * h], unit, to))
+                        p1 = exp2(fma(rS[mi, 2 * k + u, 2 * h + 1], unit, to))
+                        rl[mi, h] += p0 + p1
+                        rP[mi, 0, 2 * u + h] = pack(p0, p1)
+
+        @device_function
+        def row_sum(x):
+            """The sum over the four lanes of a row."""
+            x += cuda.shfl_xor_sync(ALL_LANES, x, 1)
+            return x + cuda.shfl_xor_sync(ALL_LANES, x, 2)
+
+        self.look, self.hide, self.score, self.tops, self.follow = look, hide, score, tops, follow
+        self.weights, self.row_sum = weights, row_sum
+
+
+def rescale(MI: int, N: int):
+    """rescale(rO, x): rO [MI·16, N] = diag(x) rO."""
+
+    @device_function
+    def rescale(rO, x):
+        for mi in range(MI):
+            for n in range(N // 8):
+                for e in range(4):
+                    rO[mi, n, e] *= x[mi, e // 2]
+
+    return rescale

@@ -1,0 +1,315 @@
+"""FlashAttention-2, forward, on the tensor cores, in Python.  [FA2, 2307.08691, Algorithm 1, §3.3]
+
+A block of warps owns Br rows of Q, each warp 16 or 32 of them, with their O, m and l in its registers, and all keys: no
+warp waits for what another has computed ("split-Q").  With 32 rows, what is read of K and V from shared memory is used
+twice: shared memory, not the tensor cores, is what limits a kernel of 16.  P̃ never leaves the registers, since the
+accumulators of S are the left operand of P̃ V as they are.  K and V of the next steps are on their way meanwhile.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+from numba import cuda, float32, int16, int32, uint32
+
+from ..device import Launch, device_function
+from ..device.launch import addressable
+from ..device.mma import Shared16, Warps
+from ..device.ptx import commit_group, named_barrier, wait_group
+from ..device.rows import ALL, NONE, Rows, rescale
+from ..device.scalar import LN_2, LOG2_E, NEG_INF, ONE, ZERO, divide, log2, quotient
+from ..variant import Infeasible, Tile, Unsupported, Variant
+
+TILES = (
+    *(Tile(Br, Bc) for Br in (16, 32) for Bc in (16, 32)),  # where a GPU is simulated, or nearly idle
+    *(Tile(Br, Bc) for Br in (64, 128, 192, 256) for Bc in (32, 64, 96, 128)),
+)
+REGISTERS, BESIDE = 192, 40  # of a thread: for its tiles at most, and beside them
+L2_BYTES = 32 << 20  # of K and V that are worked on at a time
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What can be turned, one by one.
+
+    rows    of a warp: 16 or 32
+    stages  tiles of K and of V that are on their way or in use
+    blocks  that are to share a multiprocessor, as far as registers go
+    lazy    O is rescaled only where a row's maximum has grown a lot
+    ahead   S of the next block is computed beside the softmax of this one
+    pairs   two warps share rows: each scores half of the keys and owns half of O's columns, and P̃ goes through shared
+            memory, where 16 rows a warp would read all of K and V for few products (d > 128)
+    """
+
+    rows: int = 32
+    stages: int = 2
+    blocks: int = 1
+    lazy: bool = True
+    ahead: bool = False
+    pairs: bool = False
+
+    def registers(self, d: int, Bc: int) -> int:
+        """That a thread needs for S [rows, Bc], one or two of them, and O [rows, d]; half of it in a pair."""
+        return self.rows // 16 * (Bc * (1 + self.ahead) + d) // 2 // (1 + self.pairs)
+
+    def warps(self, Br: int) -> int:
+        return Br // self.rows * (1 + self.pairs)
+
+
+def chosen(problem, tile, device, **turned) -> Switches:
+    """The switches that are used: 32 rows a warp where registers allow, else 16; up to three blocks a multiprocessor,
+    as they allow; those `turned` as they are there."""
+    s = replace(Switches(), **turned)
+    if "rows" not in turned and (tile.Br % 32 or s.registers(problem.d, tile.Bc) > REGISTERS):
+        s = replace(s, rows=16)
+    if "blocks" not in turned:
+        need = s.registers(problem.d, tile.Bc) + BESIDE + BESIDE // 2 * (problem.softcap > 0)
+        s = replace(s, blocks=max(1, min(3, 65_536 // (need * 32 * s.warps(tile.Br)))))
+    return s
+
+
+def shared_tiles(problem, tile, switches) -> Shared16:
+    keys = switches.stages * tile.Bc
+    P = {"sP": (tile.Br, tile.Bc)} if switches.pairs else {}
+    return Shared16(sQ=(tile.Br, problem.d), sK=(keys, problem.d), sV=(keys, problem.d), **P)
+
+
+def fit(problem, tile, device, **turned):
+    if problem.dtype == "fp32":
+        raise Unsupported("fwd_v2_mma takes fp16 and bf16, not fp32: fwd_v2 takes fp32")
+    if problem.mask.boolean:
+        raise Unsupported("fwd_v2_mma has no boolean masks: fwd_v2 has them")
+    if problem.d % 16:
+        raise Unsupported(f"fwd_v2_mma takes head_dim in multiples of 16, not {problem.d}: fwd_v2 takes any")
+    if device.capability[0] < 9:
+        major, minor = device.capability
+        raise Unsupported(f"fwd_v2_mma needs sm_90 (stmatrix), this is sm_{major}{minor}: fwd_v2 runs here")
+    s = chosen(problem, tile, device, **turned)
+    keys = 32 if s.pairs else 16
+    if tile.Br % s.rows or tile.Bc % keys:
+        raise Infeasible(tile, f"needs a multiple of {s.rows} rows, a warp's, and of {keys} keys")
+    if s.pairs and (s.ahead or problem.d % 32):
+        raise Infeasible(tile, "pairs of warps cannot work ahead, and need head_dim in multiples of 32")
+    if (need := s.registers(problem.d, tile.Bc)) > REGISTERS:
+        raise Infeasible(tile, f"needs {need} registers a thread for its tiles, there are {REGISTERS}")
+    if (threads := 32 * s.warps(tile.Br)) > 256:
+        raise Infeasible(tile, f"has {threads} threads: more than 256 have too few registers each")
+    if (need := shared_tiles(problem, tile, s).bytes) > device.shared:
+        raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
+
+
+def usual(problem, device) -> Tile:
+    tile = Tile(16, 16) if device.simulated else Tile(128, 64)
+    fit(problem, tile, device)
+    return tile
+
+
+def build(problem, tile, device, **turned):
+    s = chosen(problem, tile, device, **turned)
+    d, Bc, MI, STAGES = problem.d, tile.Bc, s.rows // 16, s.stages
+    ROWS, Br, PAIRS, SHARE = s.rows, tile.Br, s.pairs, 1 + s.pairs
+    KEYS, COLUMNS = Bc // SHARE, d // SHARE  # of S and of O that are a warp's
+    NI, NO = KEYS // 8, COLUMNS // 8
+    warps, rows = Warps(s.warps(Br), problem.dtype), Rows(problem, MI, KEYS, s.lazy)
+    tile_Q, tile_K, tile_V, *tile_P = shared = shared_tiles(problem, tile, s)
+    (tile_P,) = tile_P or (tile_Q,)
+    where, copy_Q, copy_KV = warps.where(), warps.copy(Br, d), warps.copy(Bc, d)
+    QKt, PV = warps.product_nt(MI, KEYS, d), warps.product_rn(MI, d, 16)
+    clear_S, move, clear_O = warps.fill(MI, KEYS), warps.move(MI, KEYS), warps.fill(MI, COLUMNS)
+    rescale_O, put_O, store_O = rescale(MI, COLUMNS), warps.put_part(MI, COLUMNS), warps.store(ROWS // SHARE, d)
+    PV_shared, put_P, meet = warps.product_nn_part(MI, COLUMNS, Bc), warps.put_words(MI), named_barrier(64)
+    look, hide, score, tops, follow, weights = rows.look, rows.hide, rows.score, rows.tops, rows.follow, rows.weights
+    row_sum, first_arrived, arrived, all_arrived = rows.row_sum, *map(wait_group, (STAGES - 1, STAGES - 2, 0))
+    BANDED, AHEAD = problem.mask.banded, int(s.ahead)
+
+    @device_function
+    def scores(rS, sQ, w0, sK, b):
+        clear_S(rS)
+        QKt(rS, sQ, w0, sK, b)
+
+    @device_function
+    def exchange(ry, rx, sx, warp, lane):
+        """ry = the other warp's rx, each a number a row."""
+        g = warp // 2 * ROWS + lane // 4
+        if lane % 4 == 0:
+            for mi in range(MI):
+                for h in range(2):
+                    sx[warp % 2, g + 16 * mi + 8 * h] = rx[mi, h]
+        meet(1 + warp // 2)
+        for mi in range(MI):
+            for h in range(2):
+                ry[mi, h] = sx[1 - warp % 2, g + 16 * mi + 8 * h]
+
+    def kernel(SCORED):
+        @cuda.jit
+        def fwd_v2_mma(Q, K, V, O, LSE, scale, softcap, unit, lo, hi, section):
+            block, thread, warp, lane = where()
+            N_q, N_k, H = int32(Q.shape[1]), int32(K.shape[1]), int32(Q.shape[2])
+            # The last rows, which see most under a causal mask, come first; heads in sections, for L2
+            Tr = int32((N_q + Br - 1) // Br)
+            part, place = quotient(block, int32(section * Tr))
+            i, bh = quotient(place, int32(min(section, Q.shape[0] * H - part * section)))
+            b, h = quotient(int32(part * section + bh), H)
+            group, _ = quotient(H, int32(K.shape[2]))
+            h_kv, _ = quotient(h, group)
+            i0 = int32((Tr - 1 - i) * Br)
+            w0, side = warp // SHARE * ROWS, warp % SHARE  # the warp's rows, and which part of their keys and columns
+            Qh, Kh, Vh, Oh = Q[b, :, h], K[b, :, h_kv], V[b, :, h_kv], O[b, :, h]  # [N, d]
+
+            smem = cuda.shared.array(0, int16, 128)
+            sQ = tile_Q(smem)  # [Br, d]
+            sK = tile_K(smem)  # STAGES x [Bc, d]
+            sV = tile_V(smem)
+            sP = tile_P(smem)  # [Br, Bc], of pairs
+            sx = cuda.shared.array((2, Br), float32)  # what pairs tell each other of each row
+            rS = cuda.local.array((MI, NI, 4), float32)  # S  [rows, Bc]
+            rT = cuda.local.array((MI, NI, 4), float32)  # S of the next step
+            rP = cuda.local.array((MI, 1, 4), uint32)  # P̃, 16 keys of it
+            rO = cuda.local.array((MI, NO, 4), float32)  # O  [rows, d]
+            rm = cuda.local.array((MI, 2), float32)
+            rl = cuda.local.array((MI, 2), float32)
+            ralpha = cuda.local.array((MI, 2), float32)
+            rtop = cuda.local.array((MI, 2), float32)
+            rx = cuda.local.array((MI, 2), float32)  # of the other warp
+            clear_O(rO)
+            for mi in range(MI):
+                for g in range(2):
+                    rm[mi, g], rl[mi, g] = NEG_INF, ZERO
+
+            first, end = 0, N_k
+            if BANDED:
+                first, end = max(0, i0 + lo), min(N_k, min(i0 + Br, N_q) + hi)
+            first, end = int32(first // Bc), int32((end + Bc - 1) // Bc)
+            steps = int32(end - first)
+
+            # Step p works on key block end - 1 - p, in slot p % STAGES; K's blocks may be a step ahead of V's
+            copy_Q(sQ, 0, Qh, i0, N_q, thread)
+            if AHEAD:
+                if steps > 0:
+                    copy_KV(sK, 0, Kh, (end - 1) * Bc, N_k, thread)
+                commit_group()
+            for p in range(STAGES - 1):
+                if p + AHEAD < steps:
+                    copy_KV(sK, (p + AHEAD) % STAGES * Bc, Kh, (end - 1 - AHEAD - p) * Bc, N_k, thread)
+                if p < steps:
+                    copy_KV(sV, p * Bc, Vh, (end - 1 - p) * Bc, N_k, thread)
+                commit_group()
+            if AHEAD and steps > 0:
+                first_arrived()
+                cuda.syncthreads()
+                scores(rS, sQ, w0, sK, 0)
+            slot, free = 0, STAGES - 1
+            for p in range(steps):
+                arrived()
+                cuda.syncthreads()  # this step's K and V are here; those of the step before have been read
+                j = end - 1 - p
+                if j - (STAGES - 1) - AHEAD >= first:
+                    place = slot if AHEAD else free
+                    copy_KV(sK, place * Bc, Kh, (j - (STAGES - 1) - AHEAD) * Bc, N_k, thread)
+                if j - (STAGES - 1) >= first:
+                    copy_KV(sV, free * Bc, Vh, (j - (STAGES - 1)) * Bc, N_k, thread)
+                commit_group()
+                after = slot + 1 if slot + 1 < STAGES else 0
+
+                j0 = j * Bc + side * KEYS  # the warp's first key
+                seen = look(i0 + w0, j0, N_q, N_k, lo, hi)
+                if seen != NONE or AHEAD or PAIRS:
+                    # S = Q Kᵀ  [rows, Bc]
+                    if not AHEAD:
+                        scores(rS, sQ, w0, sK, slot * Bc + side * KEYS)
+                    if SCORED:
+                        score(rS, scale, softcap)
+                    if seen != ALL:
+                        hide(rS, i0 + w0, j0, N_k, lo, hi, lane)
+                    if AHEAD:  # after the last block that block again, for nothing: a branch would part the two
+                        scores(rT, sQ, w0, sK, (after if j > first else slot) * Bc)
+
+                    # m, O = diag(exp(m_old - m)) O
+                    tops(rtop, rS)
+                    if PAIRS:
+                        exchange(rx, rtop, sx, warp, lane)
+                        for mi in range(MI):
+                            for g in range(2):
+                                rtop[mi, g] = max(rtop[mi, g], rx[mi, g])
+                    if follow(rtop, rm, rl, ralpha, unit):
+                        rescale_O(rO, ralpha)
+
+                    # l, P̃ = exp(S - m), O += P̃ V  [rows, d], by 16 keys: products go on beside exponentials
+                    for k in range(KEYS // 16):
+                        weights(rP, rS, k, rm, rl, unit)
+                        if PAIRS:
+                            put_P(sP, w0, side * KEYS + 16 * k, rP)
+                        else:
+                            PV(rO, rP, 0, sV, slot * Bc + 16 * k)
+                    if PAIRS:
+                        meet(1 + warp // 2)
+                        PV_shared(rO, sP, w0, sV, slot * Bc, side * COLUMNS)
+                    if AHEAD:
+                        move(rS, rT)
+                free, slot = slot, after
+
+            if steps <= 0:  # Q has been waited for by nobody, and O leaves through its tile
+                all_arrived()
+                cuda.syncthreads()
+
+            # O = diag(l)⁻¹ O,  LSE = m + log l
+            for mi in range(MI):
+                for g in range(2):
+                    rl[mi, g] = row_sum(rl[mi, g])
+            if PAIRS:
+                cuda.syncthreads()
+                exchange(rx, rl, sx, warp, lane)
+            for mi in range(MI):
+                for g in range(2):
+                    row = i0 + w0 + 16 * mi + 8 * g + lane // 4
+                    l = rl[mi, g] + rx[mi, g] if PAIRS else rl[mi, g]
+                    if lane % 4 == 0 and side == 0 and row < N_q:
+                        LSE[b, h, row] = (rm[mi, g] + log2(l)) * LN_2 if l != ZERO else NEG_INF
+                    ralpha[mi, g] = divide(ONE, l) if l != ZERO else ZERO
+            rescale_O(rO, ralpha)
+            put_O(sQ, w0, side * COLUMNS, rO)  # nobody else reads these rows of Q
+            if PAIRS:
+                cuda.syncthreads()
+            cuda.syncwarp()
+            mine = w0 + side * (ROWS // SHARE)
+            store_O(Oh, i0 + mine, N_q, sQ, mine, lane)
+
+        return Launch(fwd_v2_mma, warps.threads, shared.bytes, blocks=s.blocks)
+
+    plain, scored = kernel(False), kernel(True)
+
+    def launch(problem, Q, K, V, mask, O, LSE):
+        lo, hi = problem.mask.band(problem.N_q, problem.N_k)
+        heads = problem.B * problem.H
+        run, unit = plain, problem.scale * float(LOG2_E)
+        if problem.softcap > 0 or problem.scale <= 0:
+            run, unit = scored, float(LOG2_E)
+        section = problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d))
+        run(
+            -(-problem.N_q // Br) * heads, addressable(Q), addressable(K), addressable(V), O, LSE,
+            problem.scale, problem.softcap, unit, lo, hi, min(section, heads),
+        )  # fmt: skip
+
+    return launch
+
+
+VARIANT = Variant(
+    name="fwd_v2_mma",
+    direction="fwd",
+    generation="v2",
+    loop_order="q_outer",
+    parent="fwd_v2",
+    delta="on the tensor cores: S and O are a warp's accumulators, and P̃ stays in its registers",
+    dtypes=("fp16", "bf16"),
+    fit=fit,
+    build=build,
+    tiles=TILES,
+    usual=usual,
+    unit="tensor",
+    pace=1e-6,
+)
+
+
+def turned(**switches) -> Variant:
+    """The same kernel with these switches, and else as `chosen`: an ablation."""
+    name = " ".join(["fwd_v2_mma", *(f"{switch}={value}" for switch, value in switches.items())])
+    return replace(VARIANT, name=name, default=False, fit=partial(fit, **switches), build=partial(build, **switches))
