@@ -20,7 +20,7 @@ from .launch import addressable
 FILE = HEADERS / "quantize.cu"
 BLOCKS, AMAX, GIVEN, TRANSPOSE = range(4)  # quantize.cu: Step
 NUMBERS = 32  # of a row, that a thread takes
-ROWS, MOST_THREADS = 128, 1024  # of a thread block: rows where scales leave that open, and threads
+ROWS, MOST_THREADS = 128, 1024  # of a thread block: rows at least, where that is whole blocks; and threads
 
 
 class Side(ctypes.Structure):
@@ -48,7 +48,8 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
     (B, N_q, H, d), (N_k, H_kv) = q.shape, k.shape[1:3]
     blocked = scales == "block"
     if blocked:
-        q_rows, kv_rows = _rows("q_block", q_block, d), _rows("kv_block", kv_block, d)
+        _check_block("q_block", q_block, d), _check_block("kv_block", kv_block, d)
+        q_rows, kv_rows = rows_of(q_block, kv_block)
         n_q, n_k = -(-N_q // q_block), -(-N_k // kv_block)
     else:
         q_block, kv_block = max(1, N_q), max(1, N_k)
@@ -103,18 +104,23 @@ def takes(q, k, v, scales: str, q_block: int, kv_block: int) -> bool:
     try:
         _check_here(q, k, v)
         if scales == "block":
-            _rows("q_block", q_block, q.shape[-1]), _rows("kv_block", kv_block, q.shape[-1])
+            _check_block("q_block", q_block, q.shape[-1]), _check_block("kv_block", kv_block, q.shape[-1])
     except (TypeError, ValueError):
         return False
     return True
 
 
-def _rows(name: str, block: int, d: int) -> int:
-    """Rows of a thread block: as many blocks as ROWS holds, or one.  Raises ValueError where that is too much."""
+def rows_of(*blocks: int) -> list[int]:
+    """Rows of a thread block: as many blocks as there is room for beside the largest."""
+    room = max(ROWS, *blocks)
+    return [block * (room // block) for block in blocks]
+
+
+def _check_block(name: str, block: int, d: int) -> None:
+    """Raises ValueError where a thread block cannot hold one."""
     most = MOST_THREADS * NUMBERS // d
     if block % 32 or block > most:
         raise ValueError(f"{name}={block}: expected a multiple of 32, up to {most} at d={d}")
-    return block * max(1, ROWS // block)
 
 
 def _side(x, to, scale, rows) -> Side:
