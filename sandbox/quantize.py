@@ -56,8 +56,10 @@ class Quantized:
 def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, incoherent=True, seed=0) -> Quantized:
     """Q, K, V [B, N, H, d] in fp16, bf16 or fp32, on any device.
 
-    A scale is amax/448 over the finite numbers of its tensor, head or block, and 1 where these are all 0.  What is not
-    finite becomes NaN; rotated, it takes its whole row along.  The last block may have fewer rows.
+    A scale is amax/448 over the finite numbers of its tensor, head or block, and 1 where these are all 0; of a block
+    of V the next power of 2, since a kernel has P̃ bear what two blocks' scales differ by, and P̃ of a row's largest
+    score, itself a power of 2, then stays exact: one key may outweigh all others.  What is not finite becomes NaN;
+    rotated, it takes its whole row along.  The last block may have fewer rows.
 
     A scale is at least 2⁻⁶⁴: numbers below 2⁻⁷⁰ ≈ 1e-21 lose bits, then vanish.  So 1/scale stays finite, and so does
     what O is multiplied by between two blocks of V, for |v| up to 3e10 and a million keys.
@@ -71,9 +73,8 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
         q, k = rotate(q, sign), rotate(k, sign)
     if scales != "block":
         q_block, kv_block = max(1, q.shape[1]), max(1, k.shape[1])
-    (q, q_scale), (k, k_scale), (v, v_scale) = (
-        _cast(x, scales, block) for x, block in ((q, q_block), (k, kv_block), (v, kv_block))
-    )
+    (q, q_scale), (k, k_scale) = _cast(q, scales, q_block), _cast(k, scales, kv_block)
+    v, v_scale = _cast(v, scales, kv_block, power_of_2 if scales == "block" else None)
     return Quantized(q, k, transpose_keys(v), q_scale, k_scale, v_scale, q_block, kv_block, scales)
 
 
@@ -100,8 +101,8 @@ def to_e4m3(x):
     return x.clamp(-FP8_MAX, FP8_MAX).masked_fill(~x.isfinite(), math.nan).to(E4M3)
 
 
-def _cast(x, scales, block):
-    """e4m3 like x [B, N, H, d], and its scales [B, H, n]."""
+def _cast(x, scales, block, rounded=None):
+    """e4m3 like x [B, N, H, d], and its scales [B, H, n], rounded if so told."""
     B, N, H, _ = x.shape
     amax = x.abs().masked_fill(~x.isfinite(), 0).amax(-1).transpose(1, 2)  # [B, H, N]
     if scales == "tensor":
@@ -111,12 +112,17 @@ def _cast(x, scales, block):
         padded = amax.new_zeros(B, H, n * block)
         padded[..., :N] = amax
         amax = padded.unflatten(-1, (n, block)).amax(-1)
-    scale = scale_of(amax)
+    scale = scale_of(amax) if rounded is None else rounded(scale_of(amax))
     return to_e4m3(x * per_row(1 / scale, block, N)), scale
 
 
 def scale_of(amax):
     return torch.where(amax == 0, 1.0, (amax * (1 / FP8_MAX)).clamp(min=SCALE_MIN))
+
+
+def power_of_2(scale):
+    """The next one up; fp32, normal."""
+    return (scale.view(torch.int32) + 0x7FFFFF & -0x800000).view(torch.float32)
 
 
 # ---- incoherent processing ------------------------------------------------------------------------------------------

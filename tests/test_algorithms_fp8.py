@@ -184,3 +184,22 @@ def test_standard_attention_of_rows_that_see_nothing():
     problem = Problem(1, 1, 1, 8, 4, 64, mask=Mask(True))
     O = standard_attention(*tensors(0, problem), mask=problem.mask)
     assert (O[:, :4] == 0).all() and O.isfinite().all()
+
+
+def test_a_lazy_kernel_keeps_the_weight_of_a_key_that_outweighs_all_others():
+    """e4m3 has P̃ = 2⁸ exactly, and half and twice as much, but for other ratios of two blocks' scales it rounds."""
+    errors = {}
+    q, k, v = tensors(0, Problem(1, 1, 1, 128, 512, 64, "fp16"))
+    k[:, ::2] *= 12  # a few scores are far above the others
+    v = v * torch.linspace(1, 3, 8).repeat_interleave(64)[:, None, None]
+    x = quantize(q, k, v, kv_block=64)
+    one = torch.ones_like
+    x = replace(x, q=q, k=k, q_scale=one(x.q_scale), k_scale=one(x.k_scale))
+    P = (q[0, :, 0].double() @ k[0, :, 0].double().T / 8).softmax(-1)
+    for factor in (1.0, 1.3):
+        uneven = torch.where(torch.arange(8) % 2 == 0, factor, 1.0)
+        given = replace(x, v_scale=x.v_scale * uneven)
+        for lazy in (None, 128):
+            O, _ = flash_attention_3_fp8(given, Bc=64, lazy=lazy)
+            errors[factor, lazy] = (O[0, :, 0] - P @ dequantize(given)[2][0, :, 0].double()).square().mean().sqrt()
+    assert errors[1.0, 128] < 2 * errors[1.0, None] and errors[1.3, 128] > 4 * errors[1.3, None]

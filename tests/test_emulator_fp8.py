@@ -62,7 +62,9 @@ def inputs(problem, scales, Bc, seed=0):
     ]
     made[0][..., 0], made[1][..., 0] = 8.0, -0.02 * torch.arange(float(problem.N_k))[:, None]
     made[2] *= torch.tensor([1.0, 1.1, 0.3, 9.0])[torch.arange(problem.N_k) // Bc % 4][:, None, None]
-    return quantize(*made, scales=scales, kv_block=Bc, incoherent=False)
+    x = quantize(*made, scales=scales, kv_block=Bc, incoherent=False)
+    others = torch.tensor([1.0, 1.1, 0.7, 1.3])[torch.arange(x.v_scale.shape[-1]) % 4]
+    return replace(x, v_scale=x.v_scale * others)  # any that a caller may have, not powers of 2 alone
 
 
 def why(problem, x, O, LSE) -> str:

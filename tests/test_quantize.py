@@ -100,6 +100,16 @@ def test_zeros_have_a_scale_of_1():
     assert all((y == 0).all() for y in dequantize(x))
 
 
+def test_a_block_of_V_has_the_next_power_of_2_for_its_scale():
+    q, k, v = tensors(0)
+    v[:, :4] = 448.0  # a scale of 1, which is one already
+    found = quantize(q, k, v, kv_block=4).v_scale
+    amax = torch.stack([part.abs().amax((1, 3)) for part in v.split(4, 1)], -1)  # [B, H, n]
+    assert (found.frexp().mantissa == 0.5).all() and (found[..., 0] == 1).all()
+    assert (found >= amax / 448.001).all() and (found < 2 * amax / 448).all()
+    assert torch.allclose(quantize(q, k, v, scales="head").v_scale, amax.amax(-1, keepdim=True) / 448)
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_what_is_not_finite_is_not_in_the_scale(value):
     q, k, v = tensors(0)

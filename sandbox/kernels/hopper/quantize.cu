@@ -145,6 +145,11 @@ DEVICE float scale_of(float most) {
     return most == 0.f ? 1.f : fmaxf(most * (1.f / 448.f), 5.421010862427522e-20f);  // 2⁻⁶⁴
 }
 
+// The next one up, which a block of V has for its scale.
+DEVICE float power_of_2(float scale) {
+    return __builtin_bit_cast(float, (__builtin_bit_cast(u32, scale) + 0x7FFFFF) & 0xFF800000);
+}
+
 DEVICE int pad(int N) { return (N + 15) / 16 * 16; }
 
 // Of a tile of V [KV_ROWS, d] to Vᵀ: of each 16 keys, key 8a + 2q + b to slot 4q + 2a + b.  A thread takes four columns.
@@ -193,6 +198,7 @@ DEVICE void take(const Side &side, const u32 *flip, int index, Largest &largest_
     float scale;
     if (STEP == BLOCKS) {
         scale = scale_of(largest_of.find(piece, mine ? piece.row / Block : 0, all_finite));
+        if (Transposed) scale = power_of_2(scale);
         if (piece.row % Block == 0 && piece.lane == 0 && i < side.N) scales[i / Block] = scale;
     } else {
         scale = scales[0];
