@@ -59,15 +59,21 @@ def registers(problem, tile, s) -> int:
 
 
 def chosen(problem, tile, device, **turned) -> Switches:
-    """The switches that are used: 32 rows a round where registers allow; up to three blocks a multiprocessor, as they
-    allow; those `turned` as they are there."""
+    """The switches that are used: 32 rows a round where registers allow; up to three blocks a multiprocessor, as
+    registers and shared memory allow; those `turned` as they are there."""
     s = replace(Switches(), **turned)
     if "rows" not in turned and (tile.Br % 32 or registers(problem, tile, s) > REGISTERS):
         s = replace(s, rows=16)
     if "blocks" not in turned:
         need = registers(problem, tile, s) + BESIDE + BESIDE // 2 * (problem.softcap > 0)
-        s = replace(s, blocks=max(1, min(3, 65_536 // (need * 32 * warps_of(problem.d, tile.Bc)))))
+        fits = 65_536 // (need * 32 * warps_of(problem.d, tile.Bc)), device.shared // shared_bytes(problem, tile, s)
+        s = replace(s, blocks=max(1, min(3, *fits)))
     return s
+
+
+def shared_bytes(problem, tile, s) -> int:
+    warps, together, shared = parts(problem, tile, s)
+    return shared.bytes + together.bytes + 4 * warps.count * tile.Br
 
 
 def parts(problem, tile, s):
@@ -93,8 +99,7 @@ def fit(problem, tile, device, **turned):
         raise Infeasible(tile, f"needs a multiple of {s.rows} rows and of {16 * W} keys, 16 a warp")
     if (need := registers(problem, tile, s)) > REGISTERS:
         raise Infeasible(tile, f"needs {need} registers a thread for its tiles, there are {REGISTERS}")
-    _, together, shared = parts(problem, tile, s)
-    if (need := shared.bytes + together.bytes + 4 * W * tile.Br) > device.shared:
+    if (need := shared_bytes(problem, tile, s)) > device.shared:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
 
 
