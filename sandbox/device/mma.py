@@ -137,7 +137,7 @@ class Warps:
         return self._product(MI, N, K, _words_of_A, _columns_of_B)
 
     def product_rn_part(self, MI: int, N: int, K: int, first: int):
-        """product(rC, rA, a, sB, b, c): rC [rows, N] += rA[from 16·first on, 16·a : 16·a + K] · sB[b : b + K, c : c + N]."""
+        """product(rC, rA, a, sB, b, c): rC [rows, N] += rA[16·first :, 16·a : 16·a + K] · sB[b : b + K, c : c + N]."""
 
         @device_function
         def words(rA, a, mi, k):

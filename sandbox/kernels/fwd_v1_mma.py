@@ -28,7 +28,7 @@ TILES = (
     *(Tile(Br, 32) for Br in (16, 32)),  # where a GPU is simulated: two warps
     *(Tile(Br, Bc) for Br in (32, 64, 128) for Bc in (64, 128)),
 )
-REGISTERS, BESIDE = 216, 40  # of a thread: for its tiles at most, and beside them
+REGISTERS, BESIDE = 200, 40  # of a thread: for its tiles at most, and beside them
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def warps_of(d: int, Bc: int) -> int:
 
 
 def registers(problem, tile, s) -> int:
-    """That a thread needs for S [Br, Bc / W], a part of O [rows, 16 W], O [Br, d / W], and m, l, alpha, 1 / l of Br rows."""
+    """That a thread needs for S [Br, Bc / W], a part of O [rows, 16 W], O [Br, d / W], and four numbers of Br rows."""
     W, MI = warps_of(problem.d, tile.Bc), tile.Br // 16
     return MI * (tile.Bc + problem.d) // (2 * W) + s.rows // 2 * W + 8 * MI
 
@@ -107,7 +107,7 @@ def fit(problem, tile, device, **turned):
 
 
 def usual(problem, device) -> Tile:
-    tile = Tile(16, 32) if device.simulated else Tile(64 if problem.d <= 128 else 32, 64)
+    tile = Tile(16, 32) if device.simulated else Tile(64 if problem.d in (32, 64, 128) else 32, 64)
     fit(problem, tile, device)
     return tile
 

@@ -53,7 +53,7 @@ def warps_of(d: int, Bc: int) -> int:
 
 
 def registers(problem, tile, s) -> int:
-    """That a thread needs for S [Br, Bc / W], a part of O [rows, 16 W], O [Br, d / W], and m, l, alpha of Br rows."""
+    """That a thread needs for S [Br, Bc / W], a part of O [rows, 16 W], O [Br, d / W], and three numbers of Br rows."""
     W, MI = warps_of(problem.d, tile.Bc), tile.Br // 16
     return MI * (tile.Bc + problem.d) // (2 * W) + s.rows // 2 * W + 6 * MI
 
@@ -104,7 +104,7 @@ def fit(problem, tile, device, **turned):
 
 
 def usual(problem, device) -> Tile:
-    tile = Tile(16, 32) if device.simulated else Tile(64 if problem.d <= 128 else 32, 64)
+    tile = Tile(16, 32) if device.simulated else Tile(64 if problem.d in (32, 64, 128) else 32, 64)
     fit(problem, tile, device)
     return tile
 
