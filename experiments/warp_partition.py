@@ -24,7 +24,7 @@ from sandbox import catalog, picture, target
 from sandbox.device import simulator
 from sandbox.kernels import fwd_v1_mma, fwd_v2_mma, fwd_v2_mma_split_k
 from sandbox.mask import Mask
-from sandbox.measure import bench
+from sandbox.measure import bench, formulas
 from sandbox.problem import Problem
 from sandbox.variant import SIMULATOR, Device, Infeasible, Tile
 
@@ -107,6 +107,8 @@ def measure(point: common.Point) -> dict:
     simulated = target.device().simulated
     with simulator.counting() if simulated else nullcontext() as counted:
         row = common.measure(point)
+    if formula := formulas.traffic(VARIANTS[point.notes["kernel"]], point.problem, point.tile):  # switches or not
+        row |= {"formula_reads_total": formula.total_reads, "formula_writes_total": formula.total_writes}
     row |= dict.fromkeys(["shared_read_bytes", "shared_write_bytes", *(f"shared_{array}" for array in MOVED)])
     return row | shared_bytes(counted) if simulated and not point.infeasible else row
 
@@ -210,8 +212,8 @@ def on_shared(rows: list[dict]) -> list[str]:
         lines.append(
             f"d={d}, N={q['N']}, tile {q['Br']}x{q['Bc']}, {q['warps']} warps each, {mask_of(q)}: split-K moves "
             f"{per_score(k):,.0f} bytes a score through shared memory, split-Q {per_score(q):,.0f}: "
-            f"{per_score(k) / per_score(q):.2f} times as many.  K and V fall from {keys(q):,.0f} to {keys(k):,.0f}, but "
-            f"Q grows from {per_score(q, 'Q'):,.0f} to {per_score(k, 'Q'):,.0f}, and parts of O take "
+            f"{per_score(k) / per_score(q):.2f} times as many.  K and V fall from {keys(q):,.0f} to {keys(k):,.0f}, "
+            f"but Q grows from {per_score(q, 'Q'):,.0f} to {per_score(k, 'Q'):,.0f}, and parts of O take "
             f"{per_score(k, 'O'):,.0f}."
         )
     return lines
@@ -279,7 +281,7 @@ def claims(rows: list[dict]) -> list[tuple[int, str, str]]:
 
 
 def lines_of(rows: list[dict]) -> list[tuple[dict, dict | None]]:
-    """(row, the split-Q that it is compared with): those that are alike, then each kernel's best where it is another."""
+    """(row, the split-Q that it is compared with): those that are alike, then a kernel's best where it is another."""
     found, pairs = [], alike(rows)
     for shape, some in by_shape(rows).items():
         q, k = pairs.get(shape, (None, None))

@@ -187,7 +187,7 @@ def test_what_they_do_not_take(name):
 @by_name
 @pytest.mark.parametrize("d, tile, words", [
     (64, Tile(24, 64), "multiple of"), (64, Tile(32, 40), "of 32 keys, 16 a warp"),
-    (128, Tile(128, 128), "registers a thread"), (256, Tile(32, 128), "of shared memory"),
+    (128, Tile(128, 128), "registers a thread"), (256, Tile(16, 256), "of shared memory"),
 ])  # fmt: skip
 def test_tiles_that_do_not_fit(d, tile, words, name):
     with pytest.raises(Infeasible, match=words):
