@@ -22,7 +22,7 @@ def points(device=HOPPER, **options):
 
 
 def rows(device=HOPPER, speeds=SPEEDS, **options):
-    """Those of a GPU: each kernel's first candidate is half as fast as its others, but of two warps that meet often."""
+    """Those of a GPU, all candidates of a kernel as fast as each other, but split-Q with the common tile slower."""
     found = []
     for point in points(device, **options):
         row = point.fields() | common.empty_row() | {"device": device.name, "revision": "abc"}
