@@ -12,6 +12,7 @@ import torch
 from sass import disassembled, nvdisasm
 
 from sandbox import catalog, target
+from sandbox.kernels import fwd_v1_mma
 from sandbox.mask import Mask
 from sandbox.measure import formulas, gate
 from sandbox.problem import Problem
@@ -186,12 +187,19 @@ def test_what_they_do_not_take(name):
 
 @by_name
 @pytest.mark.parametrize("d, tile, words", [
-    (64, Tile(24, 64), "multiple of"), (64, Tile(32, 40), "of 32 keys, 16 a warp"),
-    (128, Tile(128, 128), "registers a thread"), (256, Tile(16, 256), "of shared memory"),
+    (64, Tile(24, 64), "multiple of"), (64, Tile(32, 40), "16 or 32 a warp"), (96, Tile(32, 128), "16 or 32 a warp"),
+    (128, Tile(128, 128), "registers a thread"),
 ])  # fmt: skip
 def test_tiles_that_do_not_fit(d, tile, words, name):
     with pytest.raises(Infeasible, match=words):
         catalog.find(name).fit(Problem(1, 1, 1, 8, 8, d, "fp16"), tile, HOPPER)
+
+
+def test_one_stage_where_two_do_not_fit():
+    problem, tile = Problem(1, 1, 1, 8, 8, 256, "fp16"), Tile(32, 128)
+    with pytest.raises(Infeasible, match="of shared memory"):
+        catalog.find("fwd_v2_mma_split_k").fit(problem, tile, HOPPER)
+    assert fwd_v1_mma.chosen(problem, tile, HOPPER).stages == 1
 
 
 @by_name

@@ -28,7 +28,7 @@ TILES = (
     *(Tile(Br, 32) for Br in (16, 32)),  # where a GPU is simulated: two warps
     *(Tile(Br, Bc) for Br in (32, 64, 128) for Bc in (64, 128)),
 )
-REGISTERS, BESIDE = 200, 40  # of a thread: for its tiles at most, and beside them
+REGISTERS, HELD, BESIDE = 192, 80, 40  # of a thread: for its tiles at most, for O of them, and beside them
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ def registers(problem, tile, s) -> int:
     """That a thread needs for S [Br, Bc / W], a part of O [rows, 16 W], O [Br, d / W], and four numbers of Br rows."""
     W, MI = warps_of(problem.d, tile.Bc), tile.Br // 16
     return MI * (tile.Bc + problem.d) // (2 * W) + s.rows // 2 * W + 8 * MI
+
+
+def held(problem, tile) -> int:
+    """Registers of O, which is there from the beginning of a step to its end."""
+    return tile.Br * problem.d // (32 * warps_of(problem.d, tile.Bc))
 
 
 def chosen(problem, tile, device, **turned) -> Switches:
@@ -95,19 +100,25 @@ def fit(problem, tile, device, **turned):
         major, minor = device.capability
         raise Unsupported(f"fwd_v1_mma needs sm_90 (stmatrix), this is sm_{major}{minor}: fwd_v1 runs here")
     W = warps_of(problem.d, tile.Bc)
-    if tile.Br % 16 or tile.Br > 32 * W or tile.Bc % (16 * W):
-        raise Infeasible(tile, f"needs a multiple of 16 rows, {32 * W} at most, and of {16 * W} keys, 16 a warp")
+    if tile.Br % 16 or tile.Br > 32 * W or tile.Bc not in (16 * W, 32 * W):
+        raise Infeasible(
+            tile, f"needs a multiple of 16 rows, {32 * W} at most, and {16 * W} or {32 * W} keys, 16 or 32 a warp"
+        )
     s = chosen(problem, tile, device, **turned)
     if tile.Br % s.rows:
         raise Infeasible(tile, f"needs a multiple of {s.rows} rows")
     if (need := registers(problem, tile, s)) > REGISTERS:
         raise Infeasible(tile, f"needs {need} registers a thread for its tiles, there are {REGISTERS}")
+    if (need := held(problem, tile)) > HELD:
+        raise Infeasible(tile, f"needs {need} registers a thread for O, there are {HELD}")
     if (need := shared_bytes(problem, tile, s)) > device.shared:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
 
 
 def usual(problem, device) -> Tile:
-    tile = Tile(16, 32) if device.simulated else Tile(64 if problem.d in (32, 64, 128) else 32, 64)
+    tile = Tile(16, 32)
+    if not device.simulated:
+        tile = next(tile for tile in (Tile(64, 64), Tile(32, 64), Tile(16, 64)) if held(problem, tile) <= HELD)
     fit(problem, tile, device)
     return tile
 

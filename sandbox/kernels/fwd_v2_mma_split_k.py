@@ -27,7 +27,7 @@ TILES = (
     *(Tile(Br, 32) for Br in (16, 32)),  # where a GPU is simulated: two warps
     *(Tile(Br, Bc) for Br in (32, 64, 128) for Bc in (64, 128)),
 )
-REGISTERS, BESIDE = 216, 40  # of a thread: for its tiles at most, and beside them
+REGISTERS, ROOMY, BESIDE = 192, 184, 40  # of a thread: for its tiles at most, with rounds of 32 rows, and beside
 L2_BYTES = 32 << 20  # of K and V that are worked on at a time
 
 
@@ -62,7 +62,7 @@ def chosen(problem, tile, device, **turned) -> Switches:
     """The switches that are used: 32 rows a round where registers allow; up to three blocks a multiprocessor, as
     registers and shared memory allow; those `turned` as they are there."""
     s = replace(Switches(), **turned)
-    if "rows" not in turned and (tile.Br % 32 or registers(problem, tile, s) > REGISTERS):
+    if "rows" not in turned and (tile.Br % 32 or registers(problem, tile, s) > ROOMY):
         s = replace(s, rows=16)
     if "blocks" not in turned:
         need = registers(problem, tile, s) + BESIDE + BESIDE // 2 * (problem.softcap > 0)
@@ -95,8 +95,8 @@ def fit(problem, tile, device, **turned):
         major, minor = device.capability
         raise Unsupported(f"fwd_v2_mma_split_k needs sm_90 (stmatrix), this is sm_{major}{minor}: fwd_v2 runs here")
     s, W = chosen(problem, tile, device, **turned), warps_of(problem.d, tile.Bc)
-    if tile.Br % s.rows or tile.Bc % (16 * W):
-        raise Infeasible(tile, f"needs a multiple of {s.rows} rows and of {16 * W} keys, 16 a warp")
+    if tile.Br % s.rows or tile.Bc not in (16 * W, 32 * W):
+        raise Infeasible(tile, f"needs a multiple of {s.rows} rows, and {16 * W} or {32 * W} keys, 16 or 32 a warp")
     if (need := registers(problem, tile, s)) > REGISTERS:
         raise Infeasible(tile, f"needs {need} registers a thread for its tiles, there are {REGISTERS}")
     if (need := shared_bytes(problem, tile, s)) > device.shared:
