@@ -11,6 +11,7 @@ timed with the best of a few tiles.  Beside them v1 as a whole on the same instr
 head, so that a grid of few heads alone may decide; hence the shapes of 132 heads and more, one a multiprocessor.
 
 What passes through shared memory is counted on the simulator, in bytes, per score: a pair of row and key of the mask.
+Lanes that ask for the same number, as the four of a row do for its maximum, are counted each.
 """
 
 from __future__ import annotations
@@ -319,6 +320,8 @@ def table(rows: list[dict]) -> str:
         ("shared\nwritten", cell(lambda row: common.count(row["shared_write_bytes"]))),
         ("bytes\na score", cell(lambda row: per_score(row) and f"{per_score(row):,.0f}")),
         ("more\nthan split-Q", against(per_score)),
+        ("global\naccesses", cell(lambda row: common.count(common.total(row)))),
+        ("formula", cell(lambda row: {True: "= equal", False: "DIFFERS"}.get(common.agrees(row)))),
         ("time", cell(lambda row: row["seconds"] and milliseconds(row))),
         ("TFLOP/s", cell(lambda row: row["tflops"] and f"{row['tflops']:.0f}")),
         (f"% of\n{PEAK}", cell(lambda row: row["tflops"] and f"{100 * row['tflops'] / PEAK:.0f}")),
