@@ -77,14 +77,18 @@ def shapes(device: Device, d: int, seqlen, batch, heads) -> list[tuple[int, int,
 
 
 def candidates(problem: Problem, device: Device) -> list[tuple[str, str, Tile]]:
-    """(kernel, variant, tile); the first of split-Q and of split-K have one tile and as many warps."""
+    """(kernel, variant, tile); the first of split-Q and of split-K have one tile and as many warps.
+
+    On a GPU each has others to be at its best: more keys a step, or less shared memory, for more blocks at a time.
+    """
+    q, k, v1 = VARIANTS.values()
     tile = Tile(64 if problem.d <= 128 else 32, 64)
-    found = [(SPLIT_Q, "fwd_v2_mma rows=16", tile), (SPLIT_K, VARIANTS[SPLIT_K], tile), (V1, VARIANTS[V1], tile)]
-    if not device.simulated:
-        found.append((SPLIT_Q, VARIANTS[SPLIT_Q], usual(problem, device) or tile))
-        for kernel in (SPLIT_K, V1):
-            found += [(kernel, f"{VARIANTS[kernel]} rows=16", tile), (kernel, VARIANTS[kernel], Tile(tile.Br, 128))]
-    return found
+    longer = Tile(tile.Br, 128)
+    found = [(SPLIT_Q, f"{q} rows=16", tile), (SPLIT_K, k, tile)]
+    if device.simulated:
+        return [*found, (V1, v1, tile)]
+    found += [(SPLIT_Q, q, usual(problem, device) or tile), (SPLIT_K, f"{k} rows=16", tile), (SPLIT_K, k, longer)]
+    return found + [(V1, f"{v1} rows=16", tile), (V1, f"{v1} stages=1 rows=16", tile), (V1, v1, longer)]
 
 
 def usual(problem: Problem, device: Device) -> Tile | None:
