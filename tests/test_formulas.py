@@ -156,9 +156,12 @@ def walk_bwd_v2_deterministic(w):
 
 WALKS = {
     "fwd_v1": lambda w: walk_kv_outer(w, skip=False),
+    "fwd_v1_mma": lambda w: walk_kv_outer(w, skip=False),
     "fwd_v2": walk_q_outer,
     "fwd_v2_one_block": walk_q_outer,
     "fwd_v2_normalised": walk_q_outer,
+    "fwd_v2_mma": walk_q_outer,
+    "fwd_v2_mma_split_k": walk_q_outer,
     "fwd_v3": walk_v3,
     "fwd_v2_kv_outer": lambda w: walk_kv_outer(w, skip=True),
     "bwd_v1": walk_bwd_v1,
@@ -183,7 +186,9 @@ def test_formula_equals_the_walk(name, problem, tile):
 
 
 @pytest.mark.skipif(target.KIND != "simulator", reason="accesses are counted on the simulator")
-@pytest.mark.parametrize("name", [name for name in WALKS if not catalog.find(name).tiles])  # others: test_hopper.py
+@pytest.mark.parametrize(
+    "name", [name for name in WALKS if not catalog.find(name).tiles]
+)  # test_hopper.py, test_split_k.py
 @given(problem=problems(), tile=tiles)
 def test_counted_equals_the_formula(name, problem, tile):
     """Whatever the numbers in Q, K, V are: the walk depends on the shapes alone."""

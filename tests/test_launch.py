@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import gc
+import os
 import struct
 import threading
 import time

@@ -136,6 +136,15 @@ class Warps:
         """product(rC, rA, a, sB, b): rC [rows, N] += rA[:, 16·a : 16·a + K] · sB[b : b + K, :N]; rA in words."""
         return self._product(MI, N, K, _words_of_A, _columns_of_B)
 
+    def product_rn_part(self, MI: int, N: int, K: int, first: int):
+        """product(rC, rA, a, sB, b, c): rC [rows, N] += rA[16·first :, 16·a : 16·a + K] · sB[b : b + K, c : c + N]."""
+
+        @device_function
+        def words(rA, a, mi, k):
+            return _words_of_A(rA, a, first + mi, k)
+
+        return self._product_at(MI, N, K, words, _columns_of_B)
+
     def _product(self, MI, N, K, block_of_A, block_of_B):
         product_at = self._product_at(MI, N, K, block_of_A, block_of_B)
 

@@ -65,7 +65,7 @@ def walk(p: Problem, tile: Tile) -> Walk:
 
 
 def fwd_q_outer(p: Problem, tile: Tile):
-    """fwd_v2, fwd_v2_one_block: Q once, O once; K and V again for every row block."""
+    """fwd_v2, fwd_v2_one_block, fwd_v2_mma: Q once, O once; K and V again for every row block."""
     w, heads = walk(p, tile), p.B * p.H
     reads = {"Q": p.N_q * p.d, "K": w.K_rows * p.d, "V": w.K_rows * p.d}
     writes = {"O": p.N_q * p.d, "LSE": p.N_q}
@@ -144,9 +144,12 @@ def bwd_v2_deterministic(p: Problem, tile: Tile):
 
 FORMULAS: dict[str, Callable] = {
     "fwd_v1": fwd_v1,
+    "fwd_v1_mma": fwd_v1,
     "fwd_v2": fwd_q_outer,
     "fwd_v2_one_block": fwd_q_outer,
     "fwd_v2_normalised": fwd_q_outer,
+    "fwd_v2_mma": fwd_q_outer,
+    "fwd_v2_mma_split_k": fwd_q_outer,
     "fwd_v2_kv_outer": fwd_v2_kv_outer,
     "fwd_v3": fwd_v3,
     "bwd_v1": bwd_v1,
