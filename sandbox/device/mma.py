@@ -1,6 +1,6 @@
 """Warps: tiles for the tensor cores: who owns what, how they are copied, multiplied, stored.  [PTX ISA, mma m16n8k16]
 
-A tile in shared memory is 16 bits a number and swizzled (ptx.py).  In registers a warp owns `rows` = 16·MI rows of a
+A tile in shared memory is 16 bits a number (ptx.py).  In registers a warp owns `rows` = 16·MI rows of a
 tile of float32, [rows, columns], as an array [MI, columns / 8, 4]: lane 4g + t has of each 16 x 8 numbers
 
     [mi, n, 0], [mi, n, 1]: row 16·mi + g, columns 8n + 2t, 8n + 2t + 1;     [mi, n, 2], [mi, n, 3]: row 16·mi + g + 8
@@ -29,10 +29,14 @@ from .ptx import (
     pack_fp16,
     stmatrix,
     store_chunk,
+    uniform,
 )
 from .scalar import SIMULATED, ZERO, device_function
 
 MMA = {"fp16": (mma_fp16, pack_fp16), "bf16": (mma_bf16, pack_bf16)}
+
+
+PAD = 8  # numbers after each row of a tile (ptx.py)
 
 
 class Shared16:
@@ -46,7 +50,7 @@ class Shared16:
         self.tiles, offset = [], 0
         for name, (rows, columns) in shapes.items():
             self.tiles.append(_tile(name, offset, rows, columns))
-            offset += rows * columns
+            offset += rows * (columns + PAD)
         self.bytes = 2 * offset
 
     def __iter__(self):
@@ -63,7 +67,7 @@ def _tile(name: str, offset: int, rows: int, columns: int):
 
     from .intrinsics import tile_view
 
-    return tile_view(offset, (rows, columns))
+    return tile_view(offset, (rows, columns + PAD))
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,9 @@ class Warps:
 
         @device_function
         def where():
-            thread = cuda.threadIdx.x & 0x3FF
-            return cuda.blockIdx.x & 0x7FFFFFFF, thread, thread >> 5, thread & 31
+            thread = int32(cuda.threadIdx.x & 0x3FF)
+            warp = uniform(int32(thread >> 5))
+            return int32(cuda.blockIdx.x & 0x7FFFFFFF), thread, warp, int32(thread & 31)
 
         return where
 
@@ -102,13 +107,13 @@ class Warps:
 
         @device_function
         def copy(sX, r0, X, n0, end, thread):
-            y, x = thread // LANES, thread % LANES
-            r, n = r0 + y, n0 + y
+            y, x = int32(thread // LANES), int32(thread % LANES)
+            r, n = int32(r0 + y), int32(n0 + y)
             left = int32(end - n)
             for step in range(0, rows, STEP):
                 if rows % STEP == 0 or y + step < rows:
                     for q in range(CHUNKS // LANES):
-                        copy_chunk(sX, r, 8 * (x + q * LANES), X, n, step, step < left)
+                        copy_chunk(sX, r, 8 * (x + q * LANES), X, n, step, int32(step) < left)
 
         return copy
 

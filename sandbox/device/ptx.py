@@ -1,8 +1,8 @@
 """Instructions of the tensor cores, one function each; the same names on a GPU and on the simulator.  [PTX ISA 8.x]
 
 A tile is a shared-memory array [rows, columns] of 16-bit numbers (fp16, or bf16 as int16 bits); columns is a multiple
-of 16.  Its 8-element chunks, 16 bytes each, are swizzled: eight rows of one column of chunks lie in different banks,
-whatever the width.  So a tile is read and written by these functions only, and each names a row and a column.
+of 16.  Eight more follow each row, which nobody reads: rows are an odd number of 16 bytes apart, so that eight of them
+have the same columns in different banks, whatever the width.  Each function names a row and a column.
 
 A warp's lane holds of a block of 16 x 16 numbers four words of two, of one of 16 x 8 float32 (an accumulator) four
 numbers.  With g, t = lane // 4, lane % 4:
@@ -24,12 +24,14 @@ mma_fp16(A, B, C), mma_bf16         * C + A·B: A [16, 16] four words, B [16, 8]
 pack_fp16(low, high), pack_bf16       a word of two float32, rounded to nearest even
 copy_chunk(tile, row, column, X, n, step, seen)  with row and n step further: tile[row, column : +8] =
                                       X[n, column : +8], zeros where not seen; asynchronous; column and step are
-                                      multiples of 8, X's rows start at multiples of 16 bytes
+                                      multiples of 8, X's rows start at multiples of 16 bytes, less
+                                      than 2³⁶ apart
 commit_group()                        closes the group of this lane's copies since the last one
 wait_group(newest)()                  until all groups but so many of the newest have arrived: for this lane's eyes
 store_chunk(X, n, tile, row, column)  X[n, column : +8] = tile[row, column : +8]
 named_barrier(threads)(name)          syncthreads for so many threads, whole warps, that name the same of 1 to 15
 fma(x, y, z)                          x·y + z, rounded once
+uniform(n)                            n, an int32 that a warp's lanes have in common: so that the compiler knows it, too
 """
 
 from .scalar import SIMULATED
@@ -46,4 +48,4 @@ mma_fp16, mma_bf16 = instructions.mma_fp16, instructions.mma_bf16
 pack_fp16, pack_bf16 = instructions.pack_fp16, instructions.pack_bf16
 copy_chunk, store_chunk = instructions.copy_chunk, instructions.store_chunk
 commit_group, wait_group = instructions.commit_group, instructions.wait_group
-named_barrier, fma = instructions.named_barrier, instructions.fma
+named_barrier, fma, uniform = instructions.named_barrier, instructions.fma, instructions.uniform

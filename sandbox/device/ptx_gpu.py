@@ -10,11 +10,14 @@ import hashlib
 from pathlib import Path
 
 from llvmlite import ir
+from numba import cuda
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 from numba.cuda.np import arrayobj
 
 from .intrinsics import row_pointer
+from .scalar import device_function
+from .softmax import ALL_LANES
 
 I32, I64, F32, VOID = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.VoidType()
 FOUR = ir.VectorType(I32, 4)
@@ -53,22 +56,7 @@ class _Tile:
         array = arrayobj.make_array(kind)(context, builder, value)
         shared = builder.addrspacecast(array.data, ir.PointerType(array.data.type.pointee, 3))
         self.start = builder.ptrtoint(shared, I32)
-        self.bytes = builder.shl(builder.trunc(builder.extract_value(array.shape, 1), I32), _int(1))  # of a row
-        chunks = builder.or_(builder.lshr(self.bytes, _int(4)), _int(8))
-        self.span = builder.and_(chunks, builder.sub(_int(0), chunks))  # chunks that change places: gcd(8, a row's)
-
-    def swizzle(self, row):
-        """By what the chunks' byte offsets in this row are XORed; rows that differ by a multiple of 8 have the same."""
-        b = self.builder
-        turn = b.and_(b.lshr(b.mul(b.and_(row, _int(7)), self.span), _int(3)), b.sub(self.span, _int(1)))
-        return b.shl(turn, _int(4))
-
-    def split(self, column):
-        """(high, low) of the column's byte offset: the swizzle changes the low part."""
-        b = self.builder
-        offset = b.shl(column, _int(1))
-        low = b.and_(offset, b.sub(b.shl(self.span, _int(4)), _int(1)))
-        return b.sub(offset, low), low
+        self.pitch = builder.trunc(builder.extract_value(array.strides, 0), I32)  # bytes from row to row
 
     def block(self, row, column, right=False):
         """Of the 16 x 16 block at (row, column) the chunk that this lane points at: bit 3 of the lane is the lower
@@ -78,16 +66,15 @@ class _Tile:
         if right:
             r = b.or_(b.and_(lane, _int(7)), b.lshr(half, _int(1)))
             half = b.shl(b.and_(lane, _int(8)), _int(1))
-        turn = b.xor(self.swizzle(r), half)
-        high, low = self.split(column)
-        mine = b.add(b.add(self.start, b.mul(r, self.bytes)), b.xor(turn, low))
-        return b.add(mine, b.add(b.mul(row, self.bytes), high))
+        mine = b.add(self.start, b.add(b.mul(r, self.pitch), half))
+        return b.add(mine, self.offset(row, column))
 
     def chunk(self, row, column):
         """The 8 elements at (row, column); column is a multiple of 8."""
-        b = self.builder
-        high, low = self.split(column)
-        return b.add(b.add(self.start, b.mul(row, self.bytes)), b.add(b.xor(self.swizzle(row), low), high))
+        return self.builder.add(self.start, self.offset(row, column))
+
+    def offset(self, row, column):
+        return self.builder.add(self.builder.mul(row, self.pitch), self.builder.shl(column, _int(1)))
 
 
 def _place(context, builder, sig, args, at):
@@ -176,11 +163,15 @@ pack_fp16, pack_bf16 = _pack("pack_fp16", "f16x2"), _pack("pack_bf16", "bf16x2")
 def copy_chunk(typingctx, tile, row, column, X, n, step, seen):
     def codegen(context, builder, sig, args):
         tile, row, column = _place(context, builder, sig, args, 0)
-        step = context.cast(builder, args[5], sig.args[5], types.int32)
-        to = builder.add(tile.chunk(row, column), builder.mul(step, tile.bytes))
-        start = builder.ptrtoint(_global(context, builder, sig, args, 3, column), I64)
-        stride = builder.extract_value(arrayobj.make_array(X)(context, builder, args[3]).strides, 0)
-        start = builder.add(start, builder.mul(builder.sext(step, I64), stride))
+        n, step = (context.cast(builder, args[at], sig.args[at], types.int32) for at in (4, 5))
+        to = builder.add(tile.chunk(row, column), builder.mul(step, tile.pitch))
+        array = arrayobj.make_array(X)(context, builder, args[3])
+        data = builder.addrspacecast(array.data, ir.PointerType(array.data.type.pointee, 1))
+        start = builder.add(builder.ptrtoint(data, I64), builder.zext(builder.shl(column, _int(1)), I64))
+        # + row · stride in one instruction, the stride by 16 bytes: a product of two 64-bit numbers takes four
+        stride = builder.trunc(builder.lshr(builder.extract_value(array.strides, 0), I64(4)), I32)
+        row = builder.shl(builder.add(n, step), _int(4))
+        start = _asm(builder, "mad.wide.u32 $0, $1, $2, $3;", "=l,r,r,l", I64, [stride, row, start], effect=False)
         count = builder.select(args[6], _int(16), _int(0))
         code = "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;"
         _asm(builder, code, "r,l,r", VOID, [to, start, count])
@@ -251,3 +242,8 @@ def fma(typingctx, x, y, z):
 
 
 fma.fingerprint = "fma", SOURCE
+
+
+@device_function
+def uniform(n):
+    return cuda.shfl_sync(ALL_LANES, n, 0)

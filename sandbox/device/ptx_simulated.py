@@ -165,3 +165,7 @@ def named_barrier(threads):
 def fma(x, y, z):
     """A product of two float32 is exact in float64."""
     return np.float32(np.float64(x) * np.float64(y) + np.float64(z))
+
+
+def uniform(n):
+    return n

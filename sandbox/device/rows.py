@@ -6,6 +6,7 @@ Arrays of rows are [MI, 2].  Scores are powers of 2: `unit` · S, unit = log2 e 
 m need not be the maximum: any m gives the same quotient, as long as P̃ = 2^(unit·S - m) is neither too large nor too
 small for its format.  So m follows the maximum only where that has grown by more than ROOM, and O is seldom rescaled.
 It is subtracted by one fused multiply-add, which rounds the difference, not unit·S; alpha comes from the same m.
+m starts at the lowest finite number: -inf less that is -inf, and P̃ of a row that has seen nothing is 0.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numba import cuda, int32
 from ..problem import Problem
 from .mma import MMA
 from .ptx import fma
-from .scalar import NEG_INF, ONE, ZERO, device_function, divide, exp2, tanh_fast
+from .scalar import NEG_INF, as_float, as_int, device_function, divide, exp2, tanh_fast
 from .softmax import ALL_LANES
 
 NONE, SOME, ALL = 0, 1, 2  # what a warp sees of a tile
@@ -34,15 +35,15 @@ class Rows:
         @device_function
         def look(i0, j0, N_q, N_k, lo, hi):
             """What rows i0 … of the warp see of keys j0 … j0 + Bc - 1."""
-            last = min(i0 + 16 * MI, N_q) - 1
-            if last < i0 or j0 >= N_k:
+            i1, j1 = int32(min(i0 + 16 * MI, N_q) - 1), int32(j0 + Bc - 1)  # the last ones
+            if i1 < i0 or j0 >= N_k:
                 return NONE
             if BANDED:
-                if last + hi < j0 or j0 + Bc - 1 < i0 + lo:
+                if int32(i1 + hi) < j0 or j1 < int32(i0 + lo):
                     return NONE
-                if j0 < last + lo or i0 + hi < j0 + Bc - 1:
+                if j0 < int32(i1 + lo) or int32(i0 + hi) < j1:
                     return SOME
-            return ALL if j0 + Bc <= N_k else SOME
+            return ALL if j1 < N_k else SOME
 
         @device_function
         def hide(rS, i0, j0, N_k, lo, hi, lane):
@@ -72,42 +73,57 @@ class Rows:
 
         @device_function
         def tops(rtop, rS):
-            """The maximum of each row."""
+            """The maximum of each row.
+
+            The card compares three integers at a time, of floats two.  Floats that are not all negative have the
+            maximum that they have as integers; where a row is negative, its warp starts again.
+            """
+            least = int32(0)
             for mi in range(MI):
                 for h in range(2):
-                    top = max(rS[mi, 0, 2 * h], rS[mi, 0, 2 * h + 1])
+                    top = max(as_int(rS[mi, 0, 2 * h]), as_int(rS[mi, 0, 2 * h + 1]))
                     for n in range(1, NI):
-                        top = max(top, max(rS[mi, n, 2 * h], rS[mi, n, 2 * h + 1]))
+                        top = max(max(top, as_int(rS[mi, n, 2 * h])), as_int(rS[mi, n, 2 * h + 1]))
                     top = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 1))
-                    rtop[mi, h] = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 2))
+                    top = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 2))
+                    least, rtop[mi, h] = min(least, top), as_float(top)
+            if cuda.any_sync(ALL_LANES, least < 0):
+                for mi in range(MI):
+                    for h in range(2):
+                        x = max(rS[mi, 0, 2 * h], rS[mi, 0, 2 * h + 1])
+                        for n in range(1, NI):
+                            x = max(x, max(rS[mi, n, 2 * h], rS[mi, n, 2 * h + 1]))
+                        x = max(x, cuda.shfl_xor_sync(ALL_LANES, x, 1))
+                        rtop[mi, h] = max(x, cuda.shfl_xor_sync(ALL_LANES, x, 2))
 
         @device_function
         def follow(rtop, rm, rl, ralpha, unit):
-            """m, and alpha = 2^(m_old - m), what O and l of before are worth now; l is brought up to it.
-
-            Returns whether any alpha of the warp is not 1.
+            """Whether m of any of the warp's rows has to grow.  Then it does, and so do others that would, alpha =
+            2^(m_old - m) is what O of before is worth now, and l is brought up to it.
             """
-            changed = False
+            grows = False
             for mi in range(MI):
                 for h in range(2):
-                    top = rtop[mi, h] * unit
-                    ralpha[mi, h] = ONE
-                    if top > rm[mi, h] + LEEWAY:
+                    rtop[mi, h] *= unit
+                    grows |= rtop[mi, h] > rm[mi, h] + LEEWAY
+            grows = cuda.any_sync(ALL_LANES, grows)
+            if grows:
+                for mi in range(MI):
+                    for h in range(2):
+                        top = max(rm[mi, h], rtop[mi, h])
                         ralpha[mi, h] = exp2(rm[mi, h] - top)
                         rm[mi, h] = top
                         rl[mi, h] *= ralpha[mi, h]
-                        changed = True
-            return cuda.any_sync(ALL_LANES, changed)
+            return grows
 
         @device_function
         def weights(rP, rS, k, rm, rl, unit):
             """rP [MI, 1, 4] = P̃ = 2^(unit·S - m) of keys 16k … 16k + 15, as words; l sums it before it is rounded."""
             for mi in range(MI):
                 for h in range(2):
-                    to = ZERO if rm[mi, h] == NEG_INF else -rm[mi, h]  # a row that has seen nothing: P̃ = 0
                     for u in range(2):
-                        p0 = exp2(fma(rS[mi, 2 * k + u, 2 * h], unit, to))
-                        p1 = exp2(fma(rS[mi, 2 * k + u, 2 * h + 1], unit, to))
+                        p0 = exp2(fma(rS[mi, 2 * k + u, 2 * h], unit, -rm[mi, h]))
+                        p1 = exp2(fma(rS[mi, 2 * k + u, 2 * h + 1], unit, -rm[mi, h]))
                         rl[mi, h] += p0 + p1
                         rP[mi, 0, 2 * u + h] = pack(p0, p1)
 
