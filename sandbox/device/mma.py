@@ -102,18 +102,17 @@ class Warps:
         There once every thread has closed its group, waited for it and met the others at a barrier (ptx.py).
         """
         CHUNKS, T = d // 8, self.threads
-        LANES = math.gcd(CHUNKS, T // 8)  # threads that share a row's chunks
+        LANES = math.gcd(CHUNKS, 8)  # threads that share a row's chunks: a line of 128 bytes at a time
         STEP = T // LANES
 
         @device_function
         def copy(sX, r0, X, n0, end, thread):
             y, x = int32(thread // LANES), int32(thread % LANES)
-            r, n = int32(r0 + y), int32(n0 + y)
-            left = int32(end - n)
+            left = int32(end - n0 - y)
             for step in range(0, rows, STEP):
                 if rows % STEP == 0 or y + step < rows:
                     for q in range(CHUNKS // LANES):
-                        copy_chunk(sX, r, 8 * (x + q * LANES), X, n, step, int32(step) < left)
+                        copy_chunk(sX, r0, X, n0, y, 8 * x, step, 8 * LANES * q, int32(step) < left)
 
         return copy
 

@@ -160,24 +160,27 @@ pack_fp16, pack_bf16 = _pack("pack_fp16", "f16x2"), _pack("pack_bf16", "bf16x2")
 
 
 @intrinsic
-def copy_chunk(typingctx, tile, row, column, X, n, step, seen):
+def copy_chunk(typingctx, tile, r, X, n, y, x, down, right, seen):
     def codegen(context, builder, sig, args):
-        tile, row, column = _place(context, builder, sig, args, 0)
-        n, step = (context.cast(builder, args[at], sig.args[at], types.int32) for at in (4, 5))
-        to = builder.add(tile.chunk(row, column), builder.mul(step, tile.pitch))
-        array = arrayobj.make_array(X)(context, builder, args[3])
+        r, n, y, x, down, right = (context.cast(builder, args[at], sig.args[at], types.int32) for at in (1, 3, *range(4, 8)))
+        tile, array = _Tile(context, builder, sig.args[0], args[0]), arrayobj.make_array(X)(context, builder, args[2])
+        to = builder.add(builder.add(tile.chunk(y, x), tile.offset(r, _int(0))), tile.offset(down, right))
         data = builder.addrspacecast(array.data, ir.PointerType(array.data.type.pointee, 1))
-        start = builder.add(builder.ptrtoint(data, I64), builder.zext(builder.shl(column, _int(1)), I64))
-        # + row · stride in one instruction, the stride by 16 bytes: a product of two 64-bit numbers takes four
-        stride = builder.trunc(builder.lshr(builder.extract_value(array.strides, 0), I64(4)), I32)
-        row = builder.shl(builder.add(n, step), _int(4))
-        start = _asm(builder, "mad.wide.u32 $0, $1, $2, $3;", "=l,r,r,l", I64, [stride, row, start], effect=False)
-        count = builder.select(args[6], _int(16), _int(0))
+        stride = builder.extract_value(array.strides, 0)
+        start = builder.add(builder.ptrtoint(data, I64), builder.zext(builder.shl(x, _int(1)), I64))
+        chunks = builder.trunc(builder.lshr(stride, I64(4)), I32)
+        # n · stride in one instruction, by 16 bytes: a product of two 64-bit numbers takes four
+        for row in (y, n):
+            operands = [chunks, builder.shl(row, _int(4)), start]
+            start = _asm(builder, "mad.wide.u32 $0, $1, $2, $3;", "=l,r,r,l", I64, operands, effect=False)
+        start = builder.add(start, builder.mul(builder.sext(down, I64), stride))
+        start = builder.add(start, builder.sext(builder.shl(right, _int(1)), I64))
+        count = builder.select(args[8], _int(16), _int(0))
         code = "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;"
         _asm(builder, code, "r,l,r", VOID, [to, start, count])
         return context.get_dummy_value()
 
-    return types.void(tile, row, column, X, n, step, types.boolean), codegen
+    return types.void(tile, r, X, n, y, x, down, right, types.boolean), codegen
 
 
 copy_chunk.fingerprint = "copy_chunk", SOURCE
