@@ -22,10 +22,10 @@ stmatrix_trans(tile, row, column, words)  * words 0, 2, 1, 3 of its transpose
 mma_fp16(A, B, C), mma_bf16         * C + A·B: A [16, 16] four words, B [16, 8] two, C an accumulator; the two words of
                                       each half of a B [16, 16] side by side: ldmatrix_right of Bᵀ, ldmatrix_trans of B
 pack_fp16(low, high), pack_bf16       a word of two float32, rounded to nearest even
-copy_chunk(tile, row, column, X, n, step, seen)  with row and n step further: tile[row, column : +8] =
-                                      X[n, column : +8], zeros where not seen; asynchronous; column and step are
-                                      multiples of 8, X's rows start at multiples of 16 bytes, less
-                                      than 2³⁶ apart
+copy_chunk(tile, r, X, n, y, x, down, right, seen)  tile[r + y + down, x + right : +8] =
+                                      X[n + y + down, x + right : +8], zeros where not seen; asynchronous.  r and n are
+                                      a warp's, y and x a lane's, down and right constants; x and right are multiples
+                                      of 8, X's rows start at multiples of 16 bytes, less than 2³⁶ apart
 commit_group()                        closes the group of this lane's copies since the last one
 wait_group(newest)()                  until all groups but so many of the newest have arrived: for this lane's eyes
 store_chunk(X, n, tile, row, column)  X[n, column : +8] = tile[row, column : +8]

@@ -162,19 +162,18 @@ pack_fp16, pack_bf16 = _pack("pack_fp16", "f16x2"), _pack("pack_bf16", "bf16x2")
 @intrinsic
 def copy_chunk(typingctx, tile, r, X, n, y, x, down, right, seen):
     def codegen(context, builder, sig, args):
-        r, n, y, x, down, right = (context.cast(builder, args[at], sig.args[at], types.int32) for at in (1, 3, *range(4, 8)))
+        integers = (context.cast(builder, args[at], sig.args[at], types.int32) for at in (1, 3, 4, 5, 6, 7))
+        r, n, y, x, down, right = integers
         tile, array = _Tile(context, builder, sig.args[0], args[0]), arrayobj.make_array(X)(context, builder, args[2])
         to = builder.add(builder.add(tile.chunk(y, x), tile.offset(r, _int(0))), tile.offset(down, right))
+
         data = builder.addrspacecast(array.data, ir.PointerType(array.data.type.pointee, 1))
-        stride = builder.extract_value(array.strides, 0)
         start = builder.add(builder.ptrtoint(data, I64), builder.zext(builder.shl(x, _int(1)), I64))
-        chunks = builder.trunc(builder.lshr(stride, I64(4)), I32)
-        # n · stride in one instruction, by 16 bytes: a product of two 64-bit numbers takes four
-        for row in (y, n):
-            operands = [chunks, builder.shl(row, _int(4)), start]
+        stride = builder.trunc(builder.lshr(builder.extract_value(array.strides, 0), I64(4)), I32)
+        for rows in (y, n, down):  # rows · stride, by 16 bytes: a product of two 64-bit numbers takes four instructions
+            operands = [stride, builder.shl(rows, _int(4)), start]
             start = _asm(builder, "mad.wide.u32 $0, $1, $2, $3;", "=l,r,r,l", I64, operands, effect=False)
-        start = builder.add(start, builder.mul(builder.sext(down, I64), stride))
-        start = builder.add(start, builder.sext(builder.shl(right, _int(1)), I64))
+        start = builder.add(start, builder.sext(builder.shl(right, _int(1)), I64))  # last: part of the instruction
         count = builder.select(args[8], _int(16), _int(0))
         code = "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;"
         _asm(builder, code, "r,l,r", VOID, [to, start, count])

@@ -48,16 +48,22 @@ class Rows:
         @device_function
         def hide(rS, i0, j0, N_k, lo, hi, lane):
             """-inf where a row does not see a key."""
+            left = BANDED and j0 < int32(i0 + 16 * MI - 1 + lo)  # whether keys are too early for a row: seldom
             for mi in range(MI):
                 for h in range(2):
                     i, j = i0 + 16 * mi + 8 * h + lane // 4, j0 + 2 * (lane % 4)
-                    first, last = int32(0), int32(N_k - 1 - j)  # of the keys seen, counted from j
+                    first, last = int32(i + lo - j), int32(N_k - 1 - j)  # of the keys seen, counted from j
                     if BANDED:
-                        first, last = int32(i + lo - j), int32(min(last, i + hi - j))
+                        last = int32(min(last, i + hi - j))
                     for n in range(NI):
                         for e in range(2):
-                            if BANDED and 8 * n + e < first or 8 * n + e > last:
+                            if int32(8 * n + e) > last:
                                 rS[mi, n, 2 * h + e] = NEG_INF
+                    if left:
+                        for n in range(NI):
+                            for e in range(2):
+                                if int32(8 * n + e) < first:
+                                    rS[mi, n, 2 * h + e] = NEG_INF
 
         @device_function
         def score(rS, scale, softcap):

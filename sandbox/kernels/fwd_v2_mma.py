@@ -34,6 +34,8 @@ class Switches:
     rows    of a warp: 16 or 32
     blocks  that are to share a multiprocessor, as far as registers go
     lazy    O is rescaled only where a row's maximum has grown a lot
+    held    Q stays in registers
+    late    the next K and V are asked for after S = Q Kᵀ, beside its last products
     pairs   two warps share rows: each scores half of the keys and owns half of O's columns, and P̃ goes through shared
             memory, where 16 rows a warp would read all of K and V for few products (d > 128)
     """
@@ -41,11 +43,13 @@ class Switches:
     rows: int = 32
     blocks: int = 1
     lazy: bool = True
+    held: bool = False
+    late: bool = False
     pairs: bool = False
 
     def registers(self, d: int, Bc: int) -> int:
-        """That a thread needs for S [rows, Bc] and O [rows, d]; half of it in a pair."""
-        return self.rows // 16 * (Bc + d) // 2 // (1 + self.pairs)
+        """That a thread needs for S [rows, Bc] and O [rows, d], half of it in a pair, and for Q [rows, d]."""
+        return self.rows // 16 * ((Bc + d) // 2 // (1 + self.pairs) + self.held * d // 4)
 
     def warps(self, Br: int) -> int:
         return Br // self.rows * (1 + self.pairs)
@@ -109,6 +113,8 @@ def build(problem, tile, device, **turned):
     (tile_P,) = tile_P or (tile_Q,)
     where, copy_Q, copy_KV = warps.where(), warps.copy(Br, d), warps.copy(Bc, d)
     QKt, PV = warps.product_nt(MI, KEYS, d), warps.product_rn(MI, d, 16)
+    load_Q, QKt_held, HELD, LATE = warps.load(MI, d), warps.product_rt(MI, KEYS, d), s.held, s.late
+    first_arrived, KQ = wait_group(1), d // 16
     clear_S, clear_O = warps.fill(MI, KEYS), warps.fill(MI, COLUMNS)
     rescale_O, put_O, store_O = rescale(MI, COLUMNS), warps.put_part(MI, COLUMNS), warps.store(ROWS // SHARE, d)
     PV_shared, put_P, meet = warps.product_nn_part(MI, COLUMNS, Bc), warps.put_words(MI), named_barrier(64)
@@ -141,7 +147,7 @@ def build(problem, tile, device, **turned):
             group, _ = quotient(H, int32(K.shape[2]))
             h_kv, _ = quotient(h, group)
             i0 = int32((Tr - 1 - i) * Br)
-            w0, side = int32(warp // SHARE * ROWS), int32(warp % SHARE)  # the warp's rows, which keys and columns of them
+            w0, side = int32(warp // SHARE * ROWS), int32(warp % SHARE)  # its rows, and which keys and columns of them
             Qh, Kh, Vh, Oh = Q[b, :, h], K[b, :, h_kv], V[b, :, h_kv], O[b, :, h]  # [N, d]
 
             smem = cuda.shared.array(0, int16, 128)
@@ -151,6 +157,7 @@ def build(problem, tile, device, **turned):
             sP = tile_P(smem)  # [Br, Bc], of pairs
             sx = cuda.shared.array((2, Br), float32)  # what pairs tell each other of each row
             rS = cuda.local.array((MI, NI, 4), float32)  # S  [rows, Bc]
+            rQ = cuda.local.array((MI, KQ, 4), uint32)  # Q  [rows, d]
             rP = cuda.local.array((MI, 1, 4), uint32)  # P̃, 16 keys of it
             rO = cuda.local.array((MI, NO, 4), float32)  # O  [rows, d]
             rm = cuda.local.array((MI, 2), float32)
@@ -170,26 +177,40 @@ def build(problem, tile, device, **turned):
             steps = int32(end - first)
 
             copy_Q(sQ, 0, Qh, i0, N_q, thread)
+            if HELD:
+                commit_group()
             here, there = int32(0), int32(Bc)  # rows of sK and of sV: of this step's block, of the next one's
             if steps > 0:
                 copy_KV(sK, here, Kh, int32((end - 1) * Bc), N_k, thread)
                 copy_KV(sV, here, Vh, int32((end - 1) * Bc), N_k, thread)
             commit_group()
+            if HELD:
+                first_arrived()
+                cuda.syncthreads()
+                load_Q(rQ, sQ, w0)
             for step in range(steps):
                 arrived()
                 cuda.syncthreads()  # this step's K and V are here; those of the step before have been read
                 j0 = int32((end - 1 - step) * Bc)
-                if j0 > first * Bc:
-                    copy_KV(sK, there, Kh, int32(j0 - Bc), N_k, thread)
-                    copy_KV(sV, there, Vh, int32(j0 - Bc), N_k, thread)
-                commit_group()
+                n0, n1 = int32(max(j0 - Bc, 0)), int32(N_k if j0 > first * Bc else 0)  # the next step's keys, if any
+                if not LATE:
+                    if n1 > 0:
+                        copy_KV(sK, there, Kh, n0, n1, thread)
+                        copy_KV(sV, there, Vh, n0, n1, thread)
+                    commit_group()
 
                 j0 = int32(j0 + side * KEYS)  # the warp's first key
                 seen = look(int32(i0 + w0), j0, N_q, N_k, lo, hi)
                 if seen != NONE or PAIRS:
                     # S = Q Kᵀ  [rows, Bc]
                     clear_S(rS)
-                    QKt(rS, sQ, w0, sK, int32(here + side * KEYS))
+                    if HELD:
+                        QKt_held(rS, rQ, 0, sK, int32(here + side * KEYS))
+                    else:
+                        QKt(rS, sQ, w0, sK, int32(here + side * KEYS))
+                    if LATE:
+                        copy_KV(sK, there, Kh, n0, n1, thread)
+                        copy_KV(sV, there, Vh, n0, n1, thread)
                     if SCORED:
                         score(rS, scale, softcap)
                     if seen != ALL:
@@ -215,11 +236,15 @@ def build(problem, tile, device, **turned):
                     if PAIRS:
                         meet(1 + warp // 2)
                         PV_shared(rO, sP, w0, sV, here, int32(side * COLUMNS))
+                elif LATE:
+                    copy_KV(sK, there, Kh, n0, n1, thread)
+                    copy_KV(sV, there, Vh, n0, n1, thread)
+                if LATE:
+                    commit_group()
                 here, there = there, here
 
-            if steps <= 0:  # Q has been waited for by nobody, and O leaves through its tile
-                arrived()
-                cuda.syncthreads()
+            arrived()  # without keys nobody has waited for Q, and O leaves through its tile
+            cuda.syncthreads()
 
             # O = diag(l)⁻¹ O,  LSE = m + log l
             for mi in range(MI):
