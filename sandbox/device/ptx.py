@@ -30,6 +30,7 @@ commit_group()                        closes the group of this lane's copies sin
 wait_group(newest)()                  until all groups but so many of the newest have arrived: for this lane's eyes
 store_chunk(X, n, tile, row, column)  X[n, column : +8] = tile[row, column : +8]
 named_barrier(threads)(name)          syncthreads for so many threads, whole warps, that name the same of 1 to 15
+named_any(threads)(name, x)           the same, and whether x is true for any of them (simulated: for any of the block)
 fma(x, y, z)                          x·y + z, rounded once
 uniform(n)                            n, an int32 that a warp's lanes have in common: so that the compiler knows it, too
 """
@@ -48,4 +49,5 @@ mma_fp16, mma_bf16 = instructions.mma_fp16, instructions.mma_bf16
 pack_fp16, pack_bf16 = instructions.pack_fp16, instructions.pack_bf16
 copy_chunk, store_chunk = instructions.copy_chunk, instructions.store_chunk
 commit_group, wait_group = instructions.commit_group, instructions.wait_group
-named_barrier, fma, uniform = instructions.named_barrier, instructions.fma, instructions.uniform
+named_barrier, named_any = instructions.named_barrier, instructions.named_any
+fma, uniform = instructions.fma, instructions.uniform

@@ -163,6 +163,14 @@ def named_barrier(threads):
     return barrier
 
 
+def named_any(threads):
+    @register
+    def met(name, x):
+        return bool(cuda.syncthreads_or(x))
+
+    return met
+
+
 def fma(x, y, z):
     """A product of two float32 is exact in float64."""
     return np.float32(np.float64(x) * np.float64(y) + np.float64(z))

@@ -4,8 +4,9 @@ rS [MI, Bc / 8, 4] as mma.py lays it out: a lane holds rows g and g + 8 of each 
 Arrays of rows are [MI, 2].  Scores are powers of 2: `unit` · S, unit = log2 e times the scale that S has not had yet.
 
 m need not be the maximum: any m gives the same quotient, as long as P̃ = 2^(unit·S - m) is neither too large nor too
-small for its format.  So m follows the maximum only where that has grown by more than ROOM, and O is seldom rescaled.
-It is subtracted by one fused multiply-add, which rounds the difference, not unit·S; alpha comes from the same m.
+small for its format.  So m follows the maximum only where that has grown by more than ROOM: seldom, and until
+then nobody needs the maximum, and O is left alone.
+m is subtracted by one fused multiply-add, which rounds the difference, not unit·S; alpha comes from the same m.
 m starts at the lowest finite number: -inf less that is -inf, and P̃ of a row that has seen nothing is 0.
 """
 
@@ -78,49 +79,41 @@ class Rows:
                             rS[mi, n, e] = softcap * tanh_fast(rS[mi, n, e])
 
         @device_function
-        def tops(rtop, rS):
-            """The maximum of each row.
+        def rises(rS, rm, unit):
+            """Whether m of a row may have to follow what this lane has of it: never False where it has to.
 
-            The card compares three integers at a time, of floats two.  Floats that are not all negative have the
-            maximum that they have as integers; where a row is negative, its warp starts again.
+            No lane asks another, and the card compares three integers at a time, of floats two; floats above 0 are in
+            order as integers, too.  So this takes 0 for the maximum where that is less.
             """
-            least = int32(0)
+            rise = False
             for mi in range(MI):
                 for h in range(2):
-                    top = max(as_int(rS[mi, 0, 2 * h]), as_int(rS[mi, 0, 2 * h + 1]))
+                    most = int32(0)
+                    for n in range(NI):
+                        most = max(max(most, as_int(rS[mi, n, 2 * h])), as_int(rS[mi, n, 2 * h + 1]))
+                    rise |= as_float(most) * unit > rm[mi, h] + LEEWAY
+            return rise
+
+        @device_function
+        def tops(rtop, rS):
+            """The maximum of each row."""
+            for mi in range(MI):
+                for h in range(2):
+                    top = max(rS[mi, 0, 2 * h], rS[mi, 0, 2 * h + 1])
                     for n in range(1, NI):
-                        top = max(max(top, as_int(rS[mi, n, 2 * h])), as_int(rS[mi, n, 2 * h + 1]))
+                        top = max(top, max(rS[mi, n, 2 * h], rS[mi, n, 2 * h + 1]))
                     top = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 1))
-                    top = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 2))
-                    least, rtop[mi, h] = min(least, top), as_float(top)
-            if cuda.any_sync(ALL_LANES, least < 0):
-                for mi in range(MI):
-                    for h in range(2):
-                        x = max(rS[mi, 0, 2 * h], rS[mi, 0, 2 * h + 1])
-                        for n in range(1, NI):
-                            x = max(x, max(rS[mi, n, 2 * h], rS[mi, n, 2 * h + 1]))
-                        x = max(x, cuda.shfl_xor_sync(ALL_LANES, x, 1))
-                        rtop[mi, h] = max(x, cuda.shfl_xor_sync(ALL_LANES, x, 2))
+                    rtop[mi, h] = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 2))
 
         @device_function
         def follow(rtop, rm, rl, ralpha, unit):
-            """Whether m of any of the warp's rows has to grow.  Then it does, and so do others that would, alpha =
-            2^(m_old - m) is what O of before is worth now, and l is brought up to it.
-            """
-            grows = False
+            """m is at least the maximum, alpha = 2^(m_old - m) what O of before is worth now; l is brought up to it."""
             for mi in range(MI):
                 for h in range(2):
-                    rtop[mi, h] *= unit
-                    grows |= rtop[mi, h] > rm[mi, h] + LEEWAY
-            grows = cuda.any_sync(ALL_LANES, grows)
-            if grows:
-                for mi in range(MI):
-                    for h in range(2):
-                        top = max(rm[mi, h], rtop[mi, h])
-                        ralpha[mi, h] = exp2(rm[mi, h] - top)
-                        rm[mi, h] = top
-                        rl[mi, h] *= ralpha[mi, h]
-            return grows
+                    m = max(rm[mi, h], rtop[mi, h] * unit)
+                    ralpha[mi, h] = exp2(rm[mi, h] - m)
+                    rm[mi, h] = m
+                    rl[mi, h] *= ralpha[mi, h]
 
         @device_function
         def weights(rP, rS, k, rm, rl, unit):
@@ -139,8 +132,8 @@ class Rows:
             x += cuda.shfl_xor_sync(ALL_LANES, x, 1)
             return x + cuda.shfl_xor_sync(ALL_LANES, x, 2)
 
-        self.look, self.hide, self.score, self.tops, self.follow = look, hide, score, tops, follow
-        self.weights, self.row_sum = weights, row_sum
+        self.look, self.hide, self.score, self.rises = look, hide, score, rises
+        self.tops, self.follow, self.weights, self.row_sum = tops, follow, weights, row_sum
 
 
 def rescale(MI: int, N: int):

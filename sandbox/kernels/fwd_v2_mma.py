@@ -14,9 +14,10 @@ from numba import cuda, float32, int16, int32, uint32
 from ..device import Launch, device_function
 from ..device.launch import addressable
 from ..device.mma import Shared16, Warps
-from ..device.ptx import commit_group, named_barrier, wait_group
+from ..device.ptx import commit_group, named_any, named_barrier, wait_group
 from ..device.rows import ALL, NONE, Rows, rescale
 from ..device.scalar import LN_2, LOG2_E, LOWEST, NEG_INF, ONE, ZERO, divide, log2, quotient
+from ..device.softmax import ALL_LANES
 from ..variant import Infeasible, Tile, Unsupported, Variant
 
 TILES = (
@@ -117,8 +118,10 @@ def build(problem, tile, device, **turned):
     first_arrived, KQ = wait_group(1), d // 16
     clear_S, clear_O = warps.fill(MI, KEYS), warps.fill(MI, COLUMNS)
     rescale_O, put_O, store_O = rescale(MI, COLUMNS), warps.put_part(MI, COLUMNS), warps.store(ROWS // SHARE, d)
-    PV_shared, put_P, meet = warps.product_nn_part(MI, COLUMNS, Bc), warps.put_words(MI), named_barrier(64)
-    look, hide, score, tops, follow, weights = rows.look, rows.hide, rows.score, rows.tops, rows.follow, rows.weights
+    PV_shared, put_P = warps.product_nn_part(MI, COLUMNS, Bc), warps.put_words(MI)
+    meet, meet_any = named_barrier(64), named_any(64)
+    look, hide, score, rises = rows.look, rows.hide, rows.score, rows.rises
+    tops, follow, weights = rows.tops, rows.follow, rows.weights
     row_sum, arrived, BANDED = rows.row_sum, wait_group(0), problem.mask.banded
 
     @device_function
@@ -217,13 +220,15 @@ def build(problem, tile, device, **turned):
                         hide(rS, int32(i0 + w0), j0, N_k, lo, hi, lane)
 
                     # m, O = diag(exp(m_old - m)) O
-                    tops(rtop, rS)
-                    if PAIRS:
-                        exchange(rx, rtop, sx, warp, lane)
-                        for mi in range(MI):
-                            for g in range(2):
-                                rtop[mi, g] = max(rtop[mi, g], rx[mi, g])
-                    if follow(rtop, rm, rl, ralpha, unit):
+                    rise = rises(rS, rm, unit)
+                    if meet_any(1 + warp // 2, rise) if PAIRS else cuda.any_sync(ALL_LANES, rise):
+                        tops(rtop, rS)
+                        if PAIRS:
+                            exchange(rx, rtop, sx, warp, lane)
+                            for mi in range(MI):
+                                for g in range(2):
+                                    rtop[mi, g] = max(rtop[mi, g], rx[mi, g])
+                        follow(rtop, rm, rl, ralpha, unit)
                         rescale_O(rO, ralpha)
 
                     # l, P̃ = exp(S - m), O += P̃ V  [rows, d], by 16 keys: products go on beside exponentials
