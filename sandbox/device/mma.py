@@ -206,18 +206,6 @@ class Warps:
 
         return fill
 
-    def move(self, MI: int, N: int):
-        """move(rC, rD): rC = rD, both [rows, N]."""
-
-        @device_function
-        def move(rC, rD):
-            for mi in range(MI):
-                for n in range(N // 8):
-                    for e in range(4):
-                        rC[mi, n, e] = rD[mi, n, e]
-
-        return move
-
     def put(self, MI: int, N: int):
         """put(sC, a, rC): sC[a : a + rows, :N] = rC, rounded."""
         put_part = self.put_part(MI, N)

@@ -61,7 +61,8 @@ def chosen(problem, tile, device, **turned) -> Switches:
     of few rows; up to three blocks a multiprocessor, as registers allow; those `turned` as they are there."""
     s, d, Br, Bc = replace(Switches(), **turned), problem.d, tile.Br, tile.Bc
     if "pairs" not in turned and s.rows == 32 and Br % 32 == Bc % 32 == d % 32 == 0:
-        s = replace(s, pairs=s.registers(d, Bc) > REGISTERS)
+        paired = replace(s, pairs=True)
+        s = paired if s.registers(d, Bc) > REGISTERS >= paired.registers(d, Bc) else s
     if "rows" not in turned and (Br % 32 or Br <= 64 and d <= 128 or s.registers(d, Bc) > REGISTERS):
         s = replace(s, rows=16)
     if "blocks" not in turned:
