@@ -239,11 +239,8 @@ def named_any(threads: int):
     def met(typingctx, name, x):
         def codegen(context, builder, sig, args):
             name = context.cast(builder, args[0], sig.args[0], types.int32)
-            code = (
-                "{ .reg .pred p; setp.ne.u32 p, $2, 0; "
-                f"barrier.cta.red.or.pred p, $1, {threads}, p; "
-                "selp.u32 $0, 1, 0, p; }"
-            )
+            code = f"bar.red.or.pred p, $1, {threads}, p;"
+            code = f"{{ .reg .pred p; setp.ne.u32 p, $2, 0; {code} selp.u32 $0, 1, 0, p; }}"
             found = _asm(builder, code, "=r,r,r", I32, [name, builder.zext(args[1], I32)])
             return builder.icmp_unsigned("!=", found, _int(0))
 

@@ -96,7 +96,7 @@ def fit(problem, tile, device, **turned):
         raise Infeasible(tile, f"needs {need} registers a thread for its tiles, there are {REGISTERS}")
     if (threads := 32 * s.warps(tile.Br)) > 256:
         raise Infeasible(tile, f"has {threads} threads: more than 256 have too few registers each")
-    if (need := shared_tiles(problem, tile, s).bytes) > device.shared:
+    if (need := shared_tiles(problem, tile, s).bytes + 8 * tile.Br * s.pairs) > device.shared:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
 
 
