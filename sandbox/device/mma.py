@@ -1,6 +1,6 @@
 """Warps: tiles for the tensor cores: who owns what, how they are copied, multiplied, stored.  [PTX ISA, mma m16n8k16]
 
-A tile in shared memory is 16 bits a number (ptx.py).  In registers a warp owns `rows` = 16·MI rows of a
+A tile in shared memory is 16 bits a number and swizzled (ptx.py).  In registers a warp owns `rows` = 16·MI rows of a
 tile of float32, [rows, columns], as an array [MI, columns / 8, 4]: lane 4g + t has of each 16 x 8 numbers
 
     [mi, n, 0], [mi, n, 1]: row 16·mi + g, columns 8n + 2t, 8n + 2t + 1;     [mi, n, 2], [mi, n, 3]: row 16·mi + g + 8
@@ -36,9 +36,6 @@ from .scalar import SIMULATED, ZERO, device_function
 MMA = {"fp16": (mma_fp16, pack_fp16), "bf16": (mma_bf16, pack_bf16)}
 
 
-PAD = 8  # numbers after each row of a tile (ptx.py)
-
-
 class Shared16:
     """The 16-bit tiles of a kernel, one after another: ``Shared16(sQ=(Br, d), sK=(Bc, d))``; columns by 16.
 
@@ -50,7 +47,7 @@ class Shared16:
         self.tiles, offset = [], 0
         for name, (rows, columns) in shapes.items():
             self.tiles.append(_tile(name, offset, rows, columns))
-            offset += rows * (columns + PAD)
+            offset += rows * columns
         self.bytes = 2 * offset
 
     def __iter__(self):
@@ -67,7 +64,7 @@ def _tile(name: str, offset: int, rows: int, columns: int):
 
     from .intrinsics import tile_view
 
-    return tile_view(offset, (rows, columns + PAD))
+    return tile_view(offset, (rows, columns))
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class Warps:
         There once every thread has closed its group, waited for it and met the others at a barrier (ptx.py).
         """
         CHUNKS, T = d // 8, self.threads
-        LANES = math.gcd(CHUNKS, 8)  # threads that share a row's chunks: a line of 128 bytes at a time
+        LANES = math.gcd(CHUNKS, 8, T // 8)  # threads that share a row's chunks: a line of 128 bytes at a time
         STEP = T // LANES
 
         @device_function

@@ -1,8 +1,8 @@
 """Instructions of the tensor cores, one function each; the same names on a GPU and on the simulator.  [PTX ISA 8.x]
 
 A tile is a shared-memory array [rows, columns] of 16-bit numbers (fp16, or bf16 as int16 bits); columns is a multiple
-of 16.  Eight more follow each row, which nobody reads: rows are an odd number of 16 bytes apart, so that eight of them
-have the same columns in different banks, whatever the width.  Each function names a row and a column.
+of 16.  Its 8-element chunks, 16 bytes each, are swizzled: eight rows of one column of chunks lie in different banks,
+whatever the width.  So a tile is read and written by these functions only, and each names a row and a column.
 
 A warp's lane holds of a block of 16 x 16 numbers four words of two, of one of 16 x 8 float32 (an accumulator) four
 numbers.  With g, t = lane // 4, lane % 4:
@@ -24,8 +24,8 @@ mma_fp16(A, B, C), mma_bf16         * C + A·B: A [16, 16] four words, B [16, 8]
 pack_fp16(low, high), pack_bf16       a word of two float32, rounded to nearest even
 copy_chunk(tile, r, X, n, y, x, down, right, seen)  tile[r + y + down, x + right : +8] =
                                       X[n + y + down, x + right : +8], zeros where not seen; asynchronous.  r and n are
-                                      a warp's, y and x a lane's, down and right constants; x and right are multiples
-                                      of 8, X's rows start at multiples of 16 bytes, less than 2³⁶ apart
+                                      a warp's, y and x a lane's, down and right constants; r, down, x and right are
+                                      multiples of 8, X's rows start at multiples of 16 bytes, less than 2³⁶ apart
 commit_group()                        closes the group of this lane's copies since the last one
 wait_group(newest)()                  until all groups but so many of the newest have arrived: for this lane's eyes
 store_chunk(X, n, tile, row, column)  X[n, column : +8] = tile[row, column : +8]

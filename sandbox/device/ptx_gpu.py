@@ -56,7 +56,22 @@ class _Tile:
         array = arrayobj.make_array(kind)(context, builder, value)
         shared = builder.addrspacecast(array.data, ir.PointerType(array.data.type.pointee, 3))
         self.start = builder.ptrtoint(shared, I32)
-        self.pitch = builder.trunc(builder.extract_value(array.strides, 0), I32)  # bytes from row to row
+        self.bytes = builder.trunc(builder.extract_value(array.strides, 0), I32)  # of a row
+        chunks = builder.or_(builder.lshr(self.bytes, _int(4)), _int(8))
+        self.span = builder.and_(chunks, builder.sub(_int(0), chunks))  # chunks that change places: gcd(8, a row's)
+
+    def swizzle(self, row):
+        """By what the chunks' byte offsets in this row are XORed; rows that differ by a multiple of 8 have the same."""
+        b = self.builder
+        turn = b.and_(b.lshr(b.mul(b.and_(row, _int(7)), self.span), _int(3)), b.sub(self.span, _int(1)))
+        return b.shl(turn, _int(4))
+
+    def split(self, column):
+        """(high, low) of the column's byte offset: the swizzle changes the low part."""
+        b = self.builder
+        offset = b.shl(column, _int(1))
+        low = b.and_(offset, b.sub(b.shl(self.span, _int(4)), _int(1)))
+        return b.sub(offset, low), low
 
     def block(self, row, column, right=False):
         """Of the 16 x 16 block at (row, column) the chunk that this lane points at: bit 3 of the lane is the lower
@@ -66,15 +81,16 @@ class _Tile:
         if right:
             r = b.or_(b.and_(lane, _int(7)), b.lshr(half, _int(1)))
             half = b.shl(b.and_(lane, _int(8)), _int(1))
-        mine = b.add(self.start, b.add(b.mul(r, self.pitch), half))
-        return b.add(mine, self.offset(row, column))
+        turn = b.xor(self.swizzle(r), half)
+        high, low = self.split(column)
+        mine = b.add(b.add(self.start, b.mul(r, self.bytes)), b.xor(turn, low))
+        return b.add(mine, b.add(b.mul(row, self.bytes), high))
 
     def chunk(self, row, column):
         """The 8 elements at (row, column); column is a multiple of 8."""
-        return self.builder.add(self.start, self.offset(row, column))
-
-    def offset(self, row, column):
-        return self.builder.add(self.builder.mul(row, self.pitch), self.builder.shl(column, _int(1)))
+        b = self.builder
+        high, low = self.split(column)
+        return b.add(b.add(self.start, b.mul(row, self.bytes)), b.add(b.xor(self.swizzle(row), low), high))
 
 
 def _place(context, builder, sig, args, at):
@@ -165,7 +181,7 @@ def copy_chunk(typingctx, tile, r, X, n, y, x, down, right, seen):
         integers = (context.cast(builder, args[at], sig.args[at], types.int32) for at in (1, 3, 4, 5, 6, 7))
         r, n, y, x, down, right = integers
         tile, array = _Tile(context, builder, sig.args[0], args[0]), arrayobj.make_array(X)(context, builder, args[2])
-        to = builder.add(builder.add(tile.chunk(y, x), tile.offset(r, _int(0))), tile.offset(down, right))
+        to = builder.add(tile.chunk(y, builder.add(x, right)), builder.mul(builder.add(r, down), tile.bytes))
 
         data = builder.addrspacecast(array.data, ir.PointerType(array.data.type.pointee, 1))
         start = builder.add(builder.ptrtoint(data, I64), builder.zext(builder.shl(x, _int(1)), I64))
