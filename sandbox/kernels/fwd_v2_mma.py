@@ -101,18 +101,15 @@ def fit(problem, tile, device, **turned):
 
 
 def usual(problem, device) -> Tile:
-    """128 rows and 64 keys; more keys with d <= 64, where a step's fixed cost weighs more; 64 rows where blocks of 128
-    would leave half of the multiprocessors idle.
+    """128 rows and 64 keys; 64 rows where blocks of 128 would leave half of the multiprocessors idle.
 
-    Measured: an H200, bf16, 16 Ki tokens, d 64, 128, 256, N = 4096.  Not measured: so few blocks, and other d.
+    Measured: an H200, bf16, 16 Ki tokens, d 64, 128, 256, N 1, 4 and 16 Ki.  Not measured: so few blocks, and other d.
     """
     tile = Tile(128, 64)
     if device.simulated:
         tile = Tile(16, 16)
     elif 2 * problem.B * problem.H * -(-problem.N_q // 128) <= device.sms:
         tile = Tile(64, 64)
-    elif problem.d <= 64:
-        tile = Tile(128, 128 if problem.mask.banded and not problem.softcap else 96)  # NVVM does not lay that out
     fit(problem, tile, device)
     return tile
 
