@@ -16,6 +16,7 @@ from sass import disassembled, nvdisasm
 from sandbox import target  # first: it chooses GPU or simulator before numba is imported
 from sandbox.device import Launch, ptx
 from sandbox.device.mma import MMA, Shared16, Warps
+from sandbox.device.scalar import as_float, as_int
 from sandbox.problem import DTYPES
 
 from numba import cuda, float32, int16, int32, uint32  # isort: skip
@@ -180,6 +181,37 @@ def test_fma_rounds_once():
     x, Y = 1 + 2**-20, on_device(torch.zeros(1))
     Launch(kernel, 1)(1, on_device(torch.tensor([x, x, -1 - 2**-19])), Y)
     assert Y.item() == 2**-40
+
+
+@pytest.mark.parametrize("named", [[], [5], [40], [63, 70]])
+def test_any_of_a_pair_of_warps(named):
+    """On a GPU warps 0 and 1, and 2 and 3, ask each other alone; the simulator's block is one group."""
+    met, where = ptx.named_any(64), Warps(4, "fp16").where()
+
+    @cuda.jit
+    def kernel(X, Y):
+        _, thread, warp, _ = where()
+        Y[thread] = int32(1) if met(1 + warp // 2, X[thread] > 0) else int32(0)
+
+    X, Y = torch.zeros(128, dtype=torch.int32), on_device(torch.full((128,), 7, dtype=torch.int32))
+    X[named] = 1
+    Launch(kernel, 128)(1, on_device(X), Y)
+    group = 128 if target.KIND == "simulator" else 64
+    expected = X.view(-1, group).amax(1, keepdim=True).expand(-1, group).flatten()
+    assert torch.equal(Y.cpu(), expected)
+
+
+def test_floats_as_integers_and_back():
+    @cuda.jit
+    def kernel(X, Y, Z):
+        lane = cuda.threadIdx.x
+        Y[lane] = as_int(X[lane])
+        Z[lane] = as_float(Y[lane])
+
+    X = torch.tensor([0.0, -0.0, 1.5, -1.5, torch.inf, -torch.inf, 1e-40, torch.nan])
+    Y, Z = on_device(torch.zeros(8, dtype=torch.int32)), on_device(torch.zeros(8))
+    Launch(kernel, 8)(1, on_device(X), Y, Z)
+    assert torch.equal(Y.cpu(), X.view(torch.int32)) and torch.equal(Z.cpu().view(torch.int32), X.view(torch.int32))
 
 
 # ---- copies ---------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from .ptx import (
     pack_fp16,
     stmatrix,
     store_chunk,
+    uniform,
 )
 from .scalar import SIMULATED, ZERO, device_function
 
@@ -86,8 +87,9 @@ class Warps:
 
         @device_function
         def where():
-            thread = cuda.threadIdx.x & 0x3FF
-            return cuda.blockIdx.x & 0x7FFFFFFF, thread, thread >> 5, thread & 31
+            thread = int32(cuda.threadIdx.x & 0x3FF)
+            warp = uniform(int32(thread >> 5))
+            return int32(cuda.blockIdx.x & 0x7FFFFFFF), thread, warp, int32(thread & 31)
 
         return where
 
@@ -97,18 +99,17 @@ class Warps:
         There once every thread has closed its group, waited for it and met the others at a barrier (ptx.py).
         """
         CHUNKS, T = d // 8, self.threads
-        LANES = math.gcd(CHUNKS, T // 8)  # threads that share a row's chunks
+        LANES = math.gcd(CHUNKS, 8, T // 8)  # threads that share a row's chunks: a line of 128 bytes at a time
         STEP = T // LANES
 
         @device_function
         def copy(sX, r0, X, n0, end, thread):
-            y, x = thread // LANES, thread % LANES
-            r, n = r0 + y, n0 + y
-            left = int32(end - n)
+            y, x = int32(thread // LANES), int32(thread % LANES)
+            left = int32(end - n0 - y)
             for step in range(0, rows, STEP):
                 if rows % STEP == 0 or y + step < rows:
                     for q in range(CHUNKS // LANES):
-                        copy_chunk(sX, r, 8 * (x + q * LANES), X, n, step, step < left)
+                        copy_chunk(sX, r0, X, n0, y, 8 * x, step, 8 * LANES * q, int32(step) < left)
 
         return copy
 
@@ -210,18 +211,6 @@ class Warps:
                         rC[mi, n, e] = ZERO
 
         return fill
-
-    def move(self, MI: int, N: int):
-        """move(rC, rD): rC = rD, both [rows, N]."""
-
-        @device_function
-        def move(rC, rD):
-            for mi in range(MI):
-                for n in range(N // 8):
-                    for e in range(4):
-                        rC[mi, n, e] = rD[mi, n, e]
-
-        return move
 
     def put(self, MI: int, N: int):
         """put(sC, a, rC): sC[a : a + rows, :N] = rC, rounded."""

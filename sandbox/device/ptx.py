@@ -22,14 +22,17 @@ stmatrix_trans(tile, row, column, words)  * words 0, 2, 1, 3 of its transpose
 mma_fp16(A, B, C), mma_bf16         * C + A·B: A [16, 16] four words, B [16, 8] two, C an accumulator; the two words of
                                       each half of a B [16, 16] side by side: ldmatrix_right of Bᵀ, ldmatrix_trans of B
 pack_fp16(low, high), pack_bf16       a word of two float32, rounded to nearest even
-copy_chunk(tile, row, column, X, n, step, seen)  with row and n step further: tile[row, column : +8] =
-                                      X[n, column : +8], zeros where not seen; asynchronous; column and step are
-                                      multiples of 8, X's rows start at multiples of 16 bytes
+copy_chunk(tile, r, X, n, y, x, down, right, seen)  tile[r + y + down, x + right : +8] =
+                                      X[n + y + down, x + right : +8], zeros where not seen; asynchronous.  r and n are
+                                      a warp's, y and x a lane's, down and right constants; r, down, x and right are
+                                      multiples of 8, X's rows start at multiples of 16 bytes, less than 2³⁶ apart
 commit_group()                        closes the group of this lane's copies since the last one
 wait_group(newest)()                  until all groups but so many of the newest have arrived: for this lane's eyes
 store_chunk(X, n, tile, row, column)  X[n, column : +8] = tile[row, column : +8]
 named_barrier(threads)(name)          syncthreads for so many threads, whole warps, that name the same of 1 to 15
+named_any(threads)(name, x)           the same, and whether x is true for any of them (simulated: for any of the block)
 fma(x, y, z)                          x·y + z, rounded once
+uniform(n)                            n, an int32 that a warp's lanes have in common: so that the compiler knows it, too
 """
 
 from .scalar import SIMULATED
@@ -46,4 +49,5 @@ mma_fp16, mma_bf16 = instructions.mma_fp16, instructions.mma_bf16
 pack_fp16, pack_bf16 = instructions.pack_fp16, instructions.pack_bf16
 copy_chunk, store_chunk = instructions.copy_chunk, instructions.store_chunk
 commit_group, wait_group = instructions.commit_group, instructions.wait_group
-named_barrier, fma = instructions.named_barrier, instructions.fma
+named_barrier, named_any = instructions.named_barrier, instructions.named_any
+fma, uniform = instructions.fma, instructions.uniform

@@ -10,11 +10,14 @@ import hashlib
 from pathlib import Path
 
 from llvmlite import ir
+from numba import cuda
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
 from numba.cuda.np import arrayobj
 
 from .intrinsics import row_pointer
+from .scalar import device_function
+from .softmax import ALL_LANES
 
 I32, I64, F32, VOID = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.VoidType()
 FOUR = ir.VectorType(I32, 4)
@@ -53,7 +56,7 @@ class _Tile:
         array = arrayobj.make_array(kind)(context, builder, value)
         shared = builder.addrspacecast(array.data, ir.PointerType(array.data.type.pointee, 3))
         self.start = builder.ptrtoint(shared, I32)
-        self.bytes = builder.shl(builder.trunc(builder.extract_value(array.shape, 1), I32), _int(1))  # of a row
+        self.bytes = builder.trunc(builder.extract_value(array.strides, 0), I32)  # of a row
         chunks = builder.or_(builder.lshr(self.bytes, _int(4)), _int(8))
         self.span = builder.and_(chunks, builder.sub(_int(0), chunks))  # chunks that change places: gcd(8, a row's)
 
@@ -173,20 +176,26 @@ pack_fp16, pack_bf16 = _pack("pack_fp16", "f16x2"), _pack("pack_bf16", "bf16x2")
 
 
 @intrinsic
-def copy_chunk(typingctx, tile, row, column, X, n, step, seen):
+def copy_chunk(typingctx, tile, r, X, n, y, x, down, right, seen):
     def codegen(context, builder, sig, args):
-        tile, row, column = _place(context, builder, sig, args, 0)
-        step = context.cast(builder, args[5], sig.args[5], types.int32)
-        to = builder.add(tile.chunk(row, column), builder.mul(step, tile.bytes))
-        start = builder.ptrtoint(_global(context, builder, sig, args, 3, column), I64)
-        stride = builder.extract_value(arrayobj.make_array(X)(context, builder, args[3]).strides, 0)
-        start = builder.add(start, builder.mul(builder.sext(step, I64), stride))
-        count = builder.select(args[6], _int(16), _int(0))
+        integers = (context.cast(builder, args[at], sig.args[at], types.int32) for at in (1, 3, 4, 5, 6, 7))
+        r, n, y, x, down, right = integers
+        tile, array = _Tile(context, builder, sig.args[0], args[0]), arrayobj.make_array(X)(context, builder, args[2])
+        to = builder.add(tile.chunk(y, builder.add(x, right)), builder.mul(builder.add(r, down), tile.bytes))
+
+        data = builder.addrspacecast(array.data, ir.PointerType(array.data.type.pointee, 1))
+        start = builder.add(builder.ptrtoint(data, I64), builder.zext(builder.shl(x, _int(1)), I64))
+        stride = builder.trunc(builder.lshr(builder.extract_value(array.strides, 0), I64(4)), I32)
+        for rows in (y, n, down):  # rows · stride, by 16 bytes: a product of two 64-bit numbers takes four instructions
+            operands = [stride, builder.shl(rows, _int(4)), start]
+            start = _asm(builder, "mad.wide.u32 $0, $1, $2, $3;", "=l,r,r,l", I64, operands, effect=False)
+        start = builder.add(start, builder.sext(builder.shl(right, _int(1)), I64))  # last: part of the instruction
+        count = builder.select(args[8], _int(16), _int(0))
         code = "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;"
         _asm(builder, code, "r,l,r", VOID, [to, start, count])
         return context.get_dummy_value()
 
-    return types.void(tile, row, column, X, n, step, types.boolean), codegen
+    return types.void(tile, r, X, n, y, x, down, right, types.boolean), codegen
 
 
 copy_chunk.fingerprint = "copy_chunk", SOURCE
@@ -242,6 +251,20 @@ def named_barrier(threads: int):
     return _named(barrier, f"named_barrier {threads}")
 
 
+def named_any(threads: int):
+    def met(typingctx, name, x):
+        def codegen(context, builder, sig, args):
+            name = context.cast(builder, args[0], sig.args[0], types.int32)
+            code = f"bar.red.or.pred p, $1, {threads}, p;"
+            code = f"{{ .reg .pred p; setp.ne.u32 p, $2, 0; {code} selp.u32 $0, 1, 0, p; }}"
+            found = _asm(builder, code, "=r,r,r", I32, [name, builder.zext(args[1], I32)])
+            return builder.icmp_unsigned("!=", found, _int(0))
+
+        return types.boolean(name, types.boolean), codegen
+
+    return _named(met, f"named_any {threads}")
+
+
 @intrinsic
 def fma(typingctx, x, y, z):
     def codegen(context, builder, sig, args):
@@ -251,3 +274,8 @@ def fma(typingctx, x, y, z):
 
 
 fma.fingerprint = "fma", SOURCE
+
+
+@device_function
+def uniform(n):
+    return cuda.shfl_sync(ALL_LANES, n, 0)

@@ -136,12 +136,13 @@ def pack_bf16(low, high):
     return _word(*(int(to_bf16(x)) & 0xFFFF for x in (low, high)))
 
 
-def copy_chunk(tile, row, column, X, n, step, seen):
-    if column % 8 or step % 8:
-        raise SimulatorError(f"a copy to column {column} of {tile.name}, a step of {step}: expected multiples of 8")
+def copy_chunk(tile, r, X, n, y, x, down, right, seen):
+    if x % 8 or right % 8:
+        raise SimulatorError(f"a copy to columns {x} + {right} of {tile.name}: expected multiples of 8")
     if seen and (X.strides[1] != X.dtype.itemsize or (X.address | X.strides[0]) % 16):
         raise SimulatorError(f"{X.name}: rows at multiples of 16 bytes expected, strides {X.strides}")
-    simulator.copy(tile, row + step, column, 8, lambda c: X[n + step, c].view(np.uint16) if seen else 0)
+    n += y + down
+    simulator.copy(tile, r + y + down, x + right, 8, lambda c: X[n, c].view(np.uint16) if seen else 0)
 
 
 def store_chunk(X, n, tile, row, column):
@@ -162,6 +163,18 @@ def named_barrier(threads):
     return barrier
 
 
+def named_any(threads):
+    @register
+    def met(name, x):
+        return bool(cuda.syncthreads_or(x))
+
+    return met
+
+
 def fma(x, y, z):
     """A product of two float32 is exact in float64."""
     return np.float32(np.float64(x) * np.float64(y) + np.float64(z))
+
+
+def uniform(n):
+    return n

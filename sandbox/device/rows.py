@@ -4,8 +4,10 @@ rS [MI, Bc / 8, 4] as mma.py lays it out: a lane holds rows g and g + 8 of each 
 Arrays of rows are [MI, 2].  Scores are powers of 2: `unit` · S, unit = log2 e times the scale that S has not had yet.
 
 m need not be the maximum: any m gives the same quotient, as long as P̃ = 2^(unit·S - m) is neither too large nor too
-small for its format.  So m follows the maximum only where that has grown by more than ROOM, and O is seldom rescaled.
-It is subtracted by one fused multiply-add, which rounds the difference, not unit·S; alpha comes from the same m.
+small for its format.  So m follows the maximum only where that has grown by more than ROOM: seldom, and until
+then nobody needs the maximum, and O is left alone.
+m is subtracted by one fused multiply-add, which rounds the difference, not unit·S; alpha comes from the same m.
+m starts at the lowest finite number: -inf less that is -inf, and P̃ of a row that has seen nothing is 0.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from numba import cuda, int32
 from ..problem import Problem
 from .mma import MMA
 from .ptx import fma
-from .scalar import NEG_INF, ONE, ZERO, device_function, divide, exp2, tanh_fast
+from .scalar import NEG_INF, as_float, as_int, device_function, divide, exp2, tanh_fast
 from .softmax import ALL_LANES
 
 NONE, SOME, ALL = 0, 1, 2  # what a warp sees of a tile
@@ -34,29 +36,35 @@ class Rows:
         @device_function
         def look(i0, j0, N_q, N_k, lo, hi):
             """What rows i0 … of the warp see of keys j0 … j0 + Bc - 1."""
-            last = min(i0 + 16 * MI, N_q) - 1
-            if last < i0 or j0 >= N_k:
+            i1, j1 = int32(min(i0 + 16 * MI, N_q) - 1), int32(j0 + Bc - 1)  # the last ones
+            if i1 < i0 or j0 >= N_k:
                 return NONE
             if BANDED:
-                if last + hi < j0 or j0 + Bc - 1 < i0 + lo:
+                if int32(i1 + hi) < j0 or j1 < int32(i0 + lo):
                     return NONE
-                if j0 < last + lo or i0 + hi < j0 + Bc - 1:
+                if j0 < int32(i1 + lo) or int32(i0 + hi) < j1:
                     return SOME
-            return ALL if j0 + Bc <= N_k else SOME
+            return ALL if j1 < N_k else SOME
 
         @device_function
         def hide(rS, i0, j0, N_k, lo, hi, lane):
             """-inf where a row does not see a key."""
+            left = BANDED and j0 < int32(i0 + 16 * MI - 1 + lo)  # whether keys are too early for a row: seldom
             for mi in range(MI):
                 for h in range(2):
                     i, j = i0 + 16 * mi + 8 * h + lane // 4, j0 + 2 * (lane % 4)
-                    first, last = int32(0), int32(N_k - 1 - j)  # of the keys seen, counted from j
+                    first, last = int32(i + lo - j), int32(N_k - 1 - j)  # of the keys seen, counted from j
                     if BANDED:
-                        first, last = int32(i + lo - j), int32(min(last, i + hi - j))
+                        last = int32(min(last, i + hi - j))
                     for n in range(NI):
                         for e in range(2):
-                            if BANDED and 8 * n + e < first or 8 * n + e > last:
+                            if int32(8 * n + e) > last:
                                 rS[mi, n, 2 * h + e] = NEG_INF
+                    if left:
+                        for n in range(NI):
+                            for e in range(2):
+                                if int32(8 * n + e) < first:
+                                    rS[mi, n, 2 * h + e] = NEG_INF
 
         @device_function
         def score(rS, scale, softcap):
@@ -71,6 +79,22 @@ class Rows:
                             rS[mi, n, e] = softcap * tanh_fast(rS[mi, n, e])
 
         @device_function
+        def rises(rS, rm, unit):
+            """Whether m of a row may have to follow what this lane has of it: never False where it has to.
+
+            No lane asks another, and the card compares three integers at a time, of floats two; floats above 0 are in
+            order as integers, too.  So this takes 0 for the maximum where that is less.
+            """
+            rise = False
+            for mi in range(MI):
+                for h in range(2):
+                    most = int32(0)
+                    for n in range(NI):
+                        most = max(max(most, as_int(rS[mi, n, 2 * h])), as_int(rS[mi, n, 2 * h + 1]))
+                    rise |= as_float(most) * unit > rm[mi, h] + LEEWAY
+            return rise
+
+        @device_function
         def tops(rtop, rS):
             """The maximum of each row."""
             for mi in range(MI):
@@ -83,31 +107,22 @@ class Rows:
 
         @device_function
         def follow(rtop, rm, rl, ralpha, unit):
-            """m, and alpha = 2^(m_old - m), what O and l of before are worth now; l is brought up to it.
-
-            Returns whether any alpha of the warp is not 1.
-            """
-            changed = False
+            """m is at least the maximum, alpha = 2^(m_old - m) what O of before is worth now; l is brought up to it."""
             for mi in range(MI):
                 for h in range(2):
-                    top = rtop[mi, h] * unit
-                    ralpha[mi, h] = ONE
-                    if top > rm[mi, h] + LEEWAY:
-                        ralpha[mi, h] = exp2(rm[mi, h] - top)
-                        rm[mi, h] = top
-                        rl[mi, h] *= ralpha[mi, h]
-                        changed = True
-            return cuda.any_sync(ALL_LANES, changed)
+                    m = max(rm[mi, h], rtop[mi, h] * unit)
+                    ralpha[mi, h] = exp2(rm[mi, h] - m)
+                    rm[mi, h] = m
+                    rl[mi, h] *= ralpha[mi, h]
 
         @device_function
         def weights(rP, rS, k, rm, rl, unit):
             """rP [MI, 1, 4] = P̃ = 2^(unit·S - m) of keys 16k … 16k + 15, as words; l sums it before it is rounded."""
             for mi in range(MI):
                 for h in range(2):
-                    to = ZERO if rm[mi, h] == NEG_INF else -rm[mi, h]  # a row that has seen nothing: P̃ = 0
                     for u in range(2):
-                        p0 = exp2(fma(rS[mi, 2 * k + u, 2 * h], unit, to))
-                        p1 = exp2(fma(rS[mi, 2 * k + u, 2 * h + 1], unit, to))
+                        p0 = exp2(fma(rS[mi, 2 * k + u, 2 * h], unit, -rm[mi, h]))
+                        p1 = exp2(fma(rS[mi, 2 * k + u, 2 * h + 1], unit, -rm[mi, h]))
                         rl[mi, h] += p0 + p1
                         rP[mi, 0, 2 * u + h] = pack(p0, p1)
 
@@ -117,8 +132,8 @@ class Rows:
             x += cuda.shfl_xor_sync(ALL_LANES, x, 1)
             return x + cuda.shfl_xor_sync(ALL_LANES, x, 2)
 
-        self.look, self.hide, self.score, self.tops, self.follow = look, hide, score, tops, follow
-        self.weights, self.row_sum = weights, row_sum
+        self.look, self.hide, self.score, self.rises = look, hide, score, rises
+        self.tops, self.follow, self.weights, self.row_sum = tops, follow, weights, row_sum
 
 
 def rescale(MI: int, N: int):

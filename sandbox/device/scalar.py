@@ -13,7 +13,7 @@ from .. import target
 SIMULATED = target.KIND == "simulator"
 
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
-NEG_INF = np.float32(-math.inf)
+NEG_INF, LOWEST = np.float32(-math.inf), np.finfo(np.float32).min
 HALF = np.float32(0.5)
 TANH_3, TANH_5, TANH_7, TANH_9 = map(np.float32, (-0.33333144, 0.13325879, -0.053045493, 0.017241491))
 TWO_LOG2_E = np.float32(2 * math.log2(math.e))
@@ -33,11 +33,19 @@ if SIMULATED:
     exp, exp2, log, log2, tanh = np.exp, np.exp2, np.log, np.log2, np.tanh
     divide, quotient = np.divide, divmod
     from_fp16 = np.float32
+
+    def as_int(x):
+        """The bits of a float32, as an int32."""
+        return np.float32(x).view(np.int32)
+
+    def as_float(bits):
+        return np.int32(bits).view(np.float32)
+
     to_fp16 = np.float16
 
     def from_bf16(bits):
         """bf16 is the upper half of a float32."""
-        return np.array(np.int32(bits) << 16, np.int32).view(np.float32)[()]
+        return as_float(np.int32(bits) << 16)
 
     def to_bf16(x):
         """Rounds to nearest even; NaN stays NaN."""
@@ -51,6 +59,8 @@ else:
     from numba.cuda import libdevice
 
     from .intrinsics import ex2 as exp2
+
+    as_int, as_float = libdevice.float_as_int, libdevice.int_as_float
 
     @device_function
     def exp(x):
@@ -91,14 +101,14 @@ else:
     @device_function
     def from_bf16(bits):
         """bf16 is the upper half of a float32."""
-        return libdevice.int_as_float(int32(int32(bits) << int32(16)))
+        return as_float(int32(int32(bits) << int32(16)))
 
     @device_function
     def to_bf16(x):
         """Rounds to nearest even; NaN stays NaN."""
         if x != x:
             return int16(0x7FC0)
-        bits = libdevice.float_as_int(x)
+        bits = as_int(x)
         lsb = (bits >> int32(16)) & int32(1)
         return int16((bits + int32(0x7FFF) + lsb) >> int32(16))
 

@@ -14,9 +14,10 @@ from numba import cuda, float32, int16, int32, uint32
 from ..device import Launch, device_function
 from ..device.launch import addressable
 from ..device.mma import Shared16, Warps
-from ..device.ptx import commit_group, named_barrier, wait_group
+from ..device.ptx import commit_group, named_any, named_barrier, wait_group
 from ..device.rows import ALL, NONE, Rows, rescale
-from ..device.scalar import LN_2, LOG2_E, NEG_INF, ONE, ZERO, divide, log2, quotient
+from ..device.scalar import LN_2, LOG2_E, LOWEST, NEG_INF, ONE, ZERO, divide, log2, quotient
+from ..device.softmax import ALL_LANES
 from ..variant import Infeasible, Tile, Unsupported, Variant
 
 TILES = (
@@ -32,45 +33,47 @@ class Switches:
     """What can be turned, one by one.
 
     rows    of a warp: 16 or 32
-    stages  tiles of K and of V that are on their way or in use
     blocks  that are to share a multiprocessor, as far as registers go
     lazy    O is rescaled only where a row's maximum has grown a lot
-    ahead   S of the next block is computed beside the softmax of this one
+    held    Q stays in registers
+    late    the next K and V are asked for after S = Q Kᵀ, beside its last products
     pairs   two warps share rows: each scores half of the keys and owns half of O's columns, and P̃ goes through shared
             memory, where 16 rows a warp would read all of K and V for few products (d > 128)
     """
 
     rows: int = 32
-    stages: int = 2
     blocks: int = 1
     lazy: bool = True
-    ahead: bool = False
+    held: bool = False
+    late: bool = False
     pairs: bool = False
 
     def registers(self, d: int, Bc: int) -> int:
-        """That a thread needs for S [rows, Bc], one or two of them, and O [rows, d]; half of it in a pair."""
-        return self.rows // 16 * (Bc * (1 + self.ahead) + d) // 2 // (1 + self.pairs)
+        """That a thread needs for S [rows, Bc] and O [rows, d], half of it in a pair, and for Q [rows, d]."""
+        return self.rows // 16 * ((Bc + d) // 2 // (1 + self.pairs) + self.held * d // 4)
 
     def warps(self, Br: int) -> int:
         return Br // self.rows * (1 + self.pairs)
 
 
 def chosen(problem, tile, device, **turned) -> Switches:
-    """The switches that are used: 32 rows a warp where registers allow, else 16; up to three blocks a multiprocessor,
-    as they allow; those `turned` as they are there."""
-    s = replace(Switches(), **turned)
-    if "rows" not in turned and (tile.Br % 32 or s.registers(problem.d, tile.Bc) > REGISTERS):
+    """The switches that are used: 32 rows a warp where registers allow, else 32 of a pair, else 16, and 16 in a block
+    of few rows; up to three blocks a multiprocessor, as registers allow; those `turned` as they are there."""
+    s, d, Br, Bc = replace(Switches(), **turned), problem.d, tile.Br, tile.Bc
+    if "pairs" not in turned and s.rows == 32 and Br % 32 == Bc % 32 == d % 32 == 0:
+        paired = replace(s, pairs=True)
+        s = paired if s.registers(d, Bc) > REGISTERS >= paired.registers(d, Bc) else s
+    if "rows" not in turned and (Br % 32 or Br <= 64 and d <= 128 or s.registers(d, Bc) > REGISTERS):
         s = replace(s, rows=16)
     if "blocks" not in turned:
-        need = s.registers(problem.d, tile.Bc) + BESIDE + BESIDE // 2 * (problem.softcap > 0)
-        s = replace(s, blocks=max(1, min(3, 65_536 // (need * 32 * s.warps(tile.Br)))))
+        need = s.registers(d, Bc) + BESIDE + BESIDE // 2 * (problem.softcap > 0)
+        s = replace(s, blocks=max(1, min(3, 65_536 // (need * 32 * s.warps(Br)))))
     return s
 
 
 def shared_tiles(problem, tile, switches) -> Shared16:
-    keys = switches.stages * tile.Bc
     P = {"sP": (tile.Br, tile.Bc)} if switches.pairs else {}
-    return Shared16(sQ=(tile.Br, problem.d), sK=(keys, problem.d), sV=(keys, problem.d), **P)
+    return Shared16(sQ=(tile.Br, problem.d), sK=(2 * tile.Bc, problem.d), sV=(2 * tile.Bc, problem.d), **P)
 
 
 def fit(problem, tile, device, **turned):
@@ -87,25 +90,33 @@ def fit(problem, tile, device, **turned):
     keys = 32 if s.pairs else 16
     if tile.Br % s.rows or tile.Bc % keys:
         raise Infeasible(tile, f"needs a multiple of {s.rows} rows, a warp's, and of {keys} keys")
-    if s.pairs and (s.ahead or problem.d % 32):
-        raise Infeasible(tile, "pairs of warps cannot work ahead, and need head_dim in multiples of 32")
+    if s.pairs and problem.d % 32:
+        raise Infeasible(tile, "pairs of warps need head_dim in multiples of 32")
     if (need := s.registers(problem.d, tile.Bc)) > REGISTERS:
         raise Infeasible(tile, f"needs {need} registers a thread for its tiles, there are {REGISTERS}")
     if (threads := 32 * s.warps(tile.Br)) > 256:
         raise Infeasible(tile, f"has {threads} threads: more than 256 have too few registers each")
-    if (need := shared_tiles(problem, tile, s).bytes) > device.shared:
+    if (need := shared_tiles(problem, tile, s).bytes + 8 * tile.Br * s.pairs) > device.shared:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
 
 
 def usual(problem, device) -> Tile:
-    tile = Tile(16, 16) if device.simulated else Tile(128, 64)
+    """128 rows and 64 keys; 64 rows where blocks of 128 would leave half of the multiprocessors idle.
+
+    Measured: an H200, bf16, 16 Ki tokens, d 64, 128, 256, N 1, 4 and 16 Ki.  Not measured: so few blocks, and other d.
+    """
+    tile = Tile(128, 64)
+    if device.simulated:
+        tile = Tile(16, 16)
+    elif 2 * problem.B * problem.H * -(-problem.N_q // 128) <= device.sms:
+        tile = Tile(64, 64)
     fit(problem, tile, device)
     return tile
 
 
 def build(problem, tile, device, **turned):
     s = chosen(problem, tile, device, **turned)
-    d, Bc, MI, STAGES = problem.d, tile.Bc, s.rows // 16, s.stages
+    d, Bc, MI = problem.d, tile.Bc, s.rows // 16
     ROWS, Br, PAIRS, SHARE = s.rows, tile.Br, s.pairs, 1 + s.pairs
     KEYS, COLUMNS = Bc // SHARE, d // SHARE  # of S and of O that are a warp's
     NI, NO = KEYS // 8, COLUMNS // 8
@@ -114,17 +125,15 @@ def build(problem, tile, device, **turned):
     (tile_P,) = tile_P or (tile_Q,)
     where, copy_Q, copy_KV = warps.where(), warps.copy(Br, d), warps.copy(Bc, d)
     QKt, PV = warps.product_nt(MI, KEYS, d), warps.product_rn(MI, d, 16)
-    clear_S, move, clear_O = warps.fill(MI, KEYS), warps.move(MI, KEYS), warps.fill(MI, COLUMNS)
+    load_Q, QKt_held, HELD, LATE = warps.load(MI, d), warps.product_rt(MI, KEYS, d), s.held, s.late
+    first_arrived, KQ = wait_group(1), d // 16
+    clear_S, clear_O = warps.fill(MI, KEYS), warps.fill(MI, COLUMNS)
     rescale_O, put_O, store_O = rescale(MI, COLUMNS), warps.put_part(MI, COLUMNS), warps.store(ROWS // SHARE, d)
-    PV_shared, put_P, meet = warps.product_nn_part(MI, COLUMNS, Bc), warps.put_words(MI), named_barrier(64)
-    look, hide, score, tops, follow, weights = rows.look, rows.hide, rows.score, rows.tops, rows.follow, rows.weights
-    row_sum, first_arrived, arrived, all_arrived = rows.row_sum, *map(wait_group, (STAGES - 1, STAGES - 2, 0))
-    BANDED, AHEAD = problem.mask.banded, int(s.ahead)
-
-    @device_function
-    def scores(rS, sQ, w0, sK, b):
-        clear_S(rS)
-        QKt(rS, sQ, w0, sK, b)
+    PV_shared, put_P = warps.product_nn_part(MI, COLUMNS, Bc), warps.put_words(MI)
+    meet, meet_any = named_barrier(64), named_any(64)
+    look, hide, score, rises = rows.look, rows.hide, rows.score, rows.rises
+    tops, follow, weights = rows.tops, rows.follow, rows.weights
+    row_sum, arrived, BANDED = rows.row_sum, wait_group(0), problem.mask.banded
 
     @device_function
     def exchange(ry, rx, sx, warp, lane):
@@ -152,17 +161,17 @@ def build(problem, tile, device, **turned):
             group, _ = quotient(H, int32(K.shape[2]))
             h_kv, _ = quotient(h, group)
             i0 = int32((Tr - 1 - i) * Br)
-            w0, side = warp // SHARE * ROWS, warp % SHARE  # the warp's rows, and which part of their keys and columns
+            w0, side = int32(warp // SHARE * ROWS), int32(warp % SHARE)  # its rows, and which keys and columns of them
             Qh, Kh, Vh, Oh = Q[b, :, h], K[b, :, h_kv], V[b, :, h_kv], O[b, :, h]  # [N, d]
 
             smem = cuda.shared.array(0, int16, 128)
             sQ = tile_Q(smem)  # [Br, d]
-            sK = tile_K(smem)  # STAGES x [Bc, d]
+            sK = tile_K(smem)  # 2 x [Bc, d]
             sV = tile_V(smem)
             sP = tile_P(smem)  # [Br, Bc], of pairs
             sx = cuda.shared.array((2, Br), float32)  # what pairs tell each other of each row
             rS = cuda.local.array((MI, NI, 4), float32)  # S  [rows, Bc]
-            rT = cuda.local.array((MI, NI, 4), float32)  # S of the next step
+            rQ = cuda.local.array((MI, KQ, 4), uint32)  # Q  [rows, d]
             rP = cuda.local.array((MI, 1, 4), uint32)  # P̃, 16 keys of it
             rO = cuda.local.array((MI, NO, 4), float32)  # O  [rows, d]
             rm = cuda.local.array((MI, 2), float32)
@@ -173,7 +182,7 @@ def build(problem, tile, device, **turned):
             clear_O(rO)
             for mi in range(MI):
                 for g in range(2):
-                    rm[mi, g], rl[mi, g] = NEG_INF, ZERO
+                    rm[mi, g], rl[mi, g] = LOWEST, ZERO
 
             first, end = 0, N_k
             if BANDED:
@@ -181,56 +190,56 @@ def build(problem, tile, device, **turned):
             first, end = int32(first // Bc), int32((end + Bc - 1) // Bc)
             steps = int32(end - first)
 
-            # Step p works on key block end - 1 - p, in slot p % STAGES; K's blocks may be a step ahead of V's
             copy_Q(sQ, 0, Qh, i0, N_q, thread)
-            if AHEAD:
-                if steps > 0:
-                    copy_KV(sK, 0, Kh, (end - 1) * Bc, N_k, thread)
+            if HELD:
                 commit_group()
-            for p in range(STAGES - 1):
-                if p + AHEAD < steps:
-                    copy_KV(sK, (p + AHEAD) % STAGES * Bc, Kh, (end - 1 - AHEAD - p) * Bc, N_k, thread)
-                if p < steps:
-                    copy_KV(sV, p * Bc, Vh, (end - 1 - p) * Bc, N_k, thread)
-                commit_group()
-            if AHEAD and steps > 0:
+            here, there = int32(0), int32(Bc)  # rows of sK and of sV: of this step's block, of the next one's
+            if steps > 0:
+                copy_KV(sK, here, Kh, int32((end - 1) * Bc), N_k, thread)
+                copy_KV(sV, here, Vh, int32((end - 1) * Bc), N_k, thread)
+            commit_group()
+            if HELD:
                 first_arrived()
                 cuda.syncthreads()
-                scores(rS, sQ, w0, sK, 0)
-            slot, free = 0, STAGES - 1
-            for p in range(steps):
+                load_Q(rQ, sQ, w0)
+            for step in range(steps):
                 arrived()
                 cuda.syncthreads()  # this step's K and V are here; those of the step before have been read
-                j = end - 1 - p
-                if j - (STAGES - 1) - AHEAD >= first:
-                    place = slot if AHEAD else free
-                    copy_KV(sK, place * Bc, Kh, (j - (STAGES - 1) - AHEAD) * Bc, N_k, thread)
-                if j - (STAGES - 1) >= first:
-                    copy_KV(sV, free * Bc, Vh, (j - (STAGES - 1)) * Bc, N_k, thread)
-                commit_group()
-                after = slot + 1 if slot + 1 < STAGES else 0
+                j0 = int32((end - 1 - step) * Bc)
+                n0, n1 = int32(max(j0 - Bc, 0)), int32(N_k if j0 > first * Bc else 0)  # the next step's keys, if any
+                if not LATE:
+                    if n1 > 0:
+                        copy_KV(sK, there, Kh, n0, n1, thread)
+                        copy_KV(sV, there, Vh, n0, n1, thread)
+                    commit_group()
 
-                j0 = j * Bc + side * KEYS  # the warp's first key
-                seen = look(i0 + w0, j0, N_q, N_k, lo, hi)
-                if seen != NONE or AHEAD or PAIRS:
+                j0 = int32(j0 + side * KEYS)  # the warp's first key
+                seen = look(int32(i0 + w0), j0, N_q, N_k, lo, hi)
+                if seen != NONE or PAIRS:
                     # S = Q Kᵀ  [rows, Bc]
-                    if not AHEAD:
-                        scores(rS, sQ, w0, sK, slot * Bc + side * KEYS)
+                    clear_S(rS)
+                    if HELD:
+                        QKt_held(rS, rQ, 0, sK, int32(here + side * KEYS))
+                    else:
+                        QKt(rS, sQ, w0, sK, int32(here + side * KEYS))
+                    if LATE:
+                        copy_KV(sK, there, Kh, n0, n1, thread)
+                        copy_KV(sV, there, Vh, n0, n1, thread)
                     if SCORED:
                         score(rS, scale, softcap)
                     if seen != ALL:
-                        hide(rS, i0 + w0, j0, N_k, lo, hi, lane)
-                    if AHEAD:  # after the last block that block again, for nothing: a branch would part the two
-                        scores(rT, sQ, w0, sK, (after if j > first else slot) * Bc)
+                        hide(rS, int32(i0 + w0), j0, N_k, lo, hi, lane)
 
                     # m, O = diag(exp(m_old - m)) O
-                    tops(rtop, rS)
-                    if PAIRS:
-                        exchange(rx, rtop, sx, warp, lane)
-                        for mi in range(MI):
-                            for g in range(2):
-                                rtop[mi, g] = max(rtop[mi, g], rx[mi, g])
-                    if follow(rtop, rm, rl, ralpha, unit):
+                    rise = rises(rS, rm, unit)
+                    if meet_any(1 + warp // 2, rise) if PAIRS else cuda.any_sync(ALL_LANES, rise):
+                        tops(rtop, rS)
+                        if PAIRS:
+                            exchange(rx, rtop, sx, warp, lane)
+                            for mi in range(MI):
+                                for g in range(2):
+                                    rtop[mi, g] = max(rtop[mi, g], rx[mi, g])
+                        follow(rtop, rm, rl, ralpha, unit)
                         rescale_O(rO, ralpha)
 
                     # l, P̃ = exp(S - m), O += P̃ V  [rows, d], by 16 keys: products go on beside exponentials
@@ -239,17 +248,19 @@ def build(problem, tile, device, **turned):
                         if PAIRS:
                             put_P(sP, w0, side * KEYS + 16 * k, rP)
                         else:
-                            PV(rO, rP, 0, sV, slot * Bc + 16 * k)
+                            PV(rO, rP, 0, sV, int32(here + 16 * k))
                     if PAIRS:
                         meet(1 + warp // 2)
-                        PV_shared(rO, sP, w0, sV, slot * Bc, side * COLUMNS)
-                    if AHEAD:
-                        move(rS, rT)
-                free, slot = slot, after
+                        PV_shared(rO, sP, w0, sV, here, int32(side * COLUMNS))
+                elif LATE:
+                    copy_KV(sK, there, Kh, n0, n1, thread)
+                    copy_KV(sV, there, Vh, n0, n1, thread)
+                if LATE:
+                    commit_group()
+                here, there = there, here
 
-            if steps <= 0:  # Q has been waited for by nobody, and O leaves through its tile
-                all_arrived()
-                cuda.syncthreads()
+            arrived()  # without keys nobody has waited for Q, and O leaves through its tile
+            cuda.syncthreads()
 
             # O = diag(l)⁻¹ O,  LSE = m + log l
             for mi in range(MI):
@@ -278,7 +289,7 @@ def build(problem, tile, device, **turned):
     plain, scored = kernel(False), kernel(True)
 
     def launch(problem, Q, K, V, mask, O, LSE):
-        lo, hi = problem.mask.band(problem.N_q, problem.N_k)
+        most, (lo, hi) = problem.N_q + problem.N_k, problem.mask.band(problem.N_q, problem.N_k)
         heads = problem.B * problem.H
         run, unit = plain, problem.scale * float(LOG2_E)
         if problem.softcap > 0 or problem.scale <= 0:
@@ -286,7 +297,7 @@ def build(problem, tile, device, **turned):
         section = problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d))
         run(
             -(-problem.N_q // Br) * heads, addressable(Q), addressable(K), addressable(V), O, LSE,
-            problem.scale, problem.softcap, unit, lo, hi, min(section, heads),
+            problem.scale, problem.softcap, unit, max(lo, -most), min(hi, most), min(section, heads),
         )  # fmt: skip
 
     return launch
