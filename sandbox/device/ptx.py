@@ -28,6 +28,9 @@ copy_chunk(tile, row, column, X, n, step, seen)  with row and n step further: ti
 commit_group()                        closes the group of this lane's copies since the last one
 wait_group(newest)()                  until all groups but so many of the newest have arrived: for this lane's eyes
 store_chunk(X, n, tile, row, column)  X[n, column : +8] = tile[row, column : +8]
+read_chunk(X, n, column)              X[n, column : +8], four words
+read_four(x, n), add_four(x, n, y)    x[n : +4], four float32; x[n : +4] += y, whoever else adds to it; 16 bytes at once
+unpack_fp16(word), unpack_bf16        (low, high), two float32
 fma(x, y, z)                          x·y + z, rounded once
 """
 
@@ -45,4 +48,6 @@ mma_fp16, mma_bf16 = instructions.mma_fp16, instructions.mma_bf16
 pack_fp16, pack_bf16 = instructions.pack_fp16, instructions.pack_bf16
 copy_chunk, store_chunk = instructions.copy_chunk, instructions.store_chunk
 commit_group, wait_group = instructions.commit_group, instructions.wait_group
+read_chunk, read_four, add_four = instructions.read_chunk, instructions.read_four, instructions.add_four
+unpack_fp16, unpack_bf16 = instructions.unpack_fp16, instructions.unpack_bf16
 fma = instructions.fma

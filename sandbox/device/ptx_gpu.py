@@ -161,11 +161,25 @@ def _named(function, name: str):
     return made
 
 
+def _unpack(name: str, halves: tuple[str, str]):
+    def unpack(typingctx, word):
+        def codegen(context, builder, sig, args):
+            found = [_asm(builder, code, "=f,r", F32, args, effect=False) for code in halves]
+            return cgutils.pack_array(builder, found)
+
+        return types.UniTuple(FLOAT, 2)(WORD), codegen
+
+    return _named(unpack, name)
+
+
 ldmatrix, ldmatrix_right = _load("ldmatrix", ""), _load("ldmatrix_right", "", True)
 ldmatrix_trans, ldmatrix_trans_right = _load("ldmatrix_trans", ".trans"), _load("ldmatrix_trans_right", ".trans", True)
 stmatrix, stmatrix_trans = _store("stmatrix", ""), _store("stmatrix_trans", ".trans")
 mma_fp16, mma_bf16 = _multiply("mma_fp16", "f16"), _multiply("mma_bf16", "bf16")
 pack_fp16, pack_bf16 = _pack("pack_fp16", "f16x2"), _pack("pack_bf16", "bf16x2")
+HALF = "{{.reg .f16 low, high; mov.b32 {{low, high}}, $1; cvt.f32.f16 $0, {};}}"
+unpack_fp16 = _unpack("unpack_fp16", (HALF.format("low"), HALF.format("high")))
+unpack_bf16 = _unpack("unpack_bf16", ("shl.b32 $0, $1, 16;", "and.b32 $0, $1, 0xffff0000;"))
 
 
 @intrinsic
@@ -201,6 +215,48 @@ def store_chunk(typingctx, X, n, tile, row, column):
 
 
 store_chunk.fingerprint = "store_chunk"
+
+
+@intrinsic
+def read_chunk(typingctx, X, n, column):
+    def codegen(context, builder, sig, args):
+        column = context.cast(builder, args[2], sig.args[2], types.int32)
+        start = builder.bitcast(_global(context, builder, sig, args, 0, column), ir.PointerType(FOUR, 1))
+        loaded = builder.load(start, align=16)
+        return cgutils.pack_array(builder, [builder.extract_element(loaded, _int(e)) for e in range(4)])
+
+    return WORDS(X, n, column), codegen
+
+
+read_chunk.fingerprint = "read_chunk"
+
+
+@intrinsic
+def read_four(typingctx, x, n):
+    def codegen(context, builder, sig, args):
+        start = row_pointer(context, builder, sig.args[0], args[0], args[1], sig.args[1])
+        loaded = builder.load(builder.bitcast(start, ir.PointerType(ir.VectorType(F32, 4), 1)), align=16)
+        return cgutils.pack_array(builder, [builder.extract_element(loaded, _int(e)) for e in range(4)])
+
+    return FLOATS(x, n), codegen
+
+
+read_four.fingerprint = "read_four"
+
+
+@intrinsic
+def add_four(typingctx, x, n, y):
+    def codegen(context, builder, sig, args):
+        start = row_pointer(context, builder, sig.args[0], args[0], args[1], sig.args[1])
+        code = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
+        operands = [builder.ptrtoint(start, I64), *(builder.extract_value(args[2], e) for e in range(4))]
+        _asm(builder, code, "l,f,f,f,f", VOID, operands)
+        return context.get_dummy_value()
+
+    return types.void(x, n, FLOATS), codegen
+
+
+add_four.fingerprint = "add_four"
 
 
 @intrinsic

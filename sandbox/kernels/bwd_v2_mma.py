@@ -1,0 +1,340 @@
+"""FlashAttention-2, backward, on the tensor cores, in Python.  [FA2, 2307.08691, Algorithm 2; §3.2]
+
+A block of warps owns Bc keys and walks along the query blocks.  Scores are formed transposed, Sᵀ = K Qᵀ, each warp's own
+32 keys by some queries: Pᵀ and dSᵀ, accumulators as they come, are then the left operands of dV += Pᵀ dO and
+dK += dSᵀ Q without leaving registers.  Where dK and dV of 32 keys are too many registers for one warp (d > 64), `side`
+warps share the keys: each owns some columns of dK and dV and some queries of Sᵀ, and gets the others' Pᵀ and dSᵀ from
+shared memory.  dQ = dS K, to which all keys contribute, is summed in float32 by atomic adds of 16 bytes: in memory it
+lies as the accumulators do, and a kernel of its own puts it in order.
+
+What shared memory carries for each m16n8k16, in bytes; at 128 B a clock, 256 B take as long as the product:
+
+    d    Br x Bc   warps  Sᵀ, dPᵀ   dV, dK   dQ    mean, with dS and P written   registers of a thread for tiles
+    64   64 x 128    4      256       128    256        218                      128 + 64
+    128  64 x 128    8      256       160    256        231                      128 + 64
+    256  64 x 64     8      384       176    192        276                      128 + 64
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+from numba import cuda, float32, int16, int32, uint32
+
+from ..device import Launch, scratch
+from ..device.columns import Columns
+from ..device.launch import addressable
+from ..device.mma import Shared16, Warps
+from ..device.ptx import add_four, commit_group, read_four, wait_group
+from ..device.rows import ALL, NONE, Rows
+from ..device.rowsum import rowsum
+from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, quotient
+from ..variant import Infeasible, Tile, Unsupported, Variant
+
+TILES = (
+    *(Tile(Br, Bc) for Br in (16, 32) for Bc in (16, 32)),  # where a GPU is simulated, or nearly idle
+    *(Tile(Br, Bc) for Br in (32, 64, 128) for Bc in (64, 128)),
+)
+REGISTERS = 192  # of a thread, for its tiles
+STAGES = 2  # tiles of Q and of dO that are on their way or in use
+L2_BYTES = 32 << 20  # of Q, dO and dQ that are worked on at a time
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What can be turned, one by one; 0 leaves it to `chosen`.
+
+    rows     keys of a warp: 16 or 32
+    side     warps that share them
+    queries  of a warp at a time: 16 or 32
+    blocks   that are to share a multiprocessor, as far as registers go
+    """
+
+    rows: int = 0
+    side: int = 0
+    queries: int = 0
+    blocks: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who owns what: of `warps`, `side` share `rows` keys.  A warp has Sᵀ [rows, queries] at a time, `columns` of dK and
+    dV [rows, columns], and dQ [rows_dQ, columns_dQ]."""
+
+    rows: int
+    side: int
+    queries: int
+    columns: int
+    warps: int
+    rows_dQ: int
+    columns_dQ: int
+    blocks: int
+
+    @property
+    def registers(self) -> int:
+        """That a thread needs for dK, dV and either Sᵀ and dPᵀ or dQ."""
+        dKV, S, dQ = self.rows * self.columns, self.rows * self.queries, self.rows_dQ * self.columns_dQ
+        return (2 * dKV + max(2 * S, dQ)) // 32
+
+
+def layouts(d: int, tile: Tile, s: Switches):
+    """Those that share a tile evenly.  The first reads least from shared memory."""
+    for rows, side, queries, rows_dQ in product((32, 16), range(1, d // 16 + 1), (32, 16), (32, 16)):
+        warps = tile.Bc // rows * side
+        if (s.rows or rows, s.side or side, s.queries or queries) != (rows, side, queries):
+            continue
+        if tile.Bc % rows or tile.Br % (side * queries) or d % (16 * side):
+            continue
+        if tile.Br % rows_dQ or warps * rows_dQ % tile.Br or d % (16 * (across := warps * rows_dQ // tile.Br)):
+            continue
+        blocks = s.blocks or max(1, 8 // warps)
+        yield Layout(rows, side, queries, d // side, warps, rows_dQ, d // across, blocks)
+
+
+def chosen(problem, tile, device, **turned) -> Layout | None:
+    """The layout that is used, the first whose tiles fit in registers."""
+    found = layouts(problem.d, tile, Switches(**turned))
+    return next((a for a in found if a.registers <= REGISTERS and a.warps <= 8), None)
+
+
+def shared_tiles(problem, tile, a) -> Shared16:
+    d, Br, Bc = problem.d, tile.Br, tile.Bc
+    P = dict(sP=(Bc, Br)) if a.side > 1 else {}
+    return Shared16(sK=(Bc, d), sV=(Bc, d), sQ=(STAGES * Br, d), sdO=(STAGES * Br, d), sdS=(Bc, Br), **P)
+
+
+def fit(problem, tile, device, **turned):
+    if problem.dtype == "fp32":
+        raise Unsupported("bwd_v2_mma takes fp16 and bf16, not fp32: bwd_v2 takes fp32")
+    if problem.mask.boolean:
+        raise Unsupported("bwd_v2_mma has no boolean masks: bwd_v2 has them")
+    if problem.d % 16:
+        raise Unsupported(f"bwd_v2_mma takes head_dim in multiples of 16, not {problem.d}: bwd_v2 takes any")
+    if device.capability[0] < 9:
+        major, minor = device.capability
+        raise Unsupported(f"bwd_v2_mma needs sm_90 (stmatrix), this is sm_{major}{minor}: bwd_v2 runs here")
+    if (a := chosen(problem, tile, device, **turned)) is None:
+        raise Infeasible(tile, f"cannot be shared by at most 8 warps with {REGISTERS} registers for tiles in each")
+    if (need := shared_tiles(problem, tile, a).bytes) > device.shared // a.blocks - (1024 if a.blocks > 1 else 0):
+        raise Infeasible(tile, f"needs {need:,} B of shared memory, {a.blocks} blocks have {device.shared:,} B")
+
+
+def usual(problem, device) -> Tile:
+    """The largest that fits."""
+    sizes = [Tile(32, 16), Tile(16, 16)] if device.simulated else [Tile(64, 128), Tile(64, 64), Tile(32, 64)]
+    for tile in sizes:
+        try:
+            fit(problem, tile, device)
+            return tile
+        except Unsupported:
+            raise
+        except Infeasible as reason:
+            error = reason
+    raise Unsupported(f"bwd_v2_mma takes no head_dim {problem.d} ({error.reason}): bwd_v2 does")
+
+
+def build(problem, tile, device, **turned):
+    a = chosen(problem, tile, device, **turned)
+    d, Br, Bc, MI, MQ, SIDE = problem.d, tile.Br, tile.Bc, a.rows // 16, a.rows_dQ // 16, a.side
+    ROWS, QUERIES, COLUMNS, ROWS_dQ, COLUMNS_dQ = a.rows, a.queries, a.columns, a.rows_dQ, a.columns_dQ
+    NS, NW, NK, NQ = QUERIES // 8, QUERIES // 16, COLUMNS // 8, COLUMNS_dQ // 8
+    PARTS, ACROSS = Br // (SIDE * QUERIES), d // COLUMNS_dQ
+    warps, columns = Warps(a.warps, problem.dtype), Columns(problem, MI, QUERIES)
+    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = shared_tiles(problem, tile, a)
+    (tile_P,) = tile_P or [tile_dS]
+    where, copy_QdO, copy_KV = warps.where(), warps.copy(Br, d), warps.copy(Bc, d)
+    KQt = VdOt = warps.product_nt(MI, QUERIES, d)
+    own, others = warps.product_at("rn", MI, COLUMNS, QUERIES), warps.product_at("nn", MI, COLUMNS, QUERIES)
+    dSK = warps.product_at("tn", MQ, COLUMNS_dQ, Bc)
+    clear_S, clear_dKV, clear_dQ = warps.fill(MI, QUERIES), warps.fill(MI, COLUMNS), warps.fill(MQ, COLUMNS_dQ)
+    put_S, put_dKV, put_dQ = warps.put_words(MI, QUERIES), warps.put_at(MI, COLUMNS), warps.put_at(MQ, COLUMNS_dQ)
+    KEYS, QUERIES_OUT = Bc // a.warps, -(-Br // a.warps)  # that a warp stores
+    store_dKV, store_dQ, (tile_dQ,) = warps.store(KEYS, d), warps.store(QUERIES_OUT, d), Shared16(sdQ=(Br, d))
+    look, hide, load_LD, weigh, slope = columns.look, columns.hide, columns.load, columns.weigh, columns.slope
+    score, all_arrived = Rows(problem, MI, QUERIES).score, wait_group(0)
+    BANDED = problem.mask.banded
+
+    def kernel(SCORED):
+        @cuda.jit
+        def bwd_v2_mma(Q, K, V, dO, LD, dQ_acc, dK, dV, scale, softcap, unit, lo, hi, section):
+            block, thread, warp, lane = where()
+            N_q, N_k, H_kv = int32(Q.shape[1]), int32(K.shape[1]), int32(K.shape[2])
+            group, _ = quotient(int32(Q.shape[2]), H_kv)
+            # The first keys, which most rows see under a causal mask, come first; heads in sections, for L2
+            Tc = int32((N_k + Bc - 1) // Bc)
+            before, place = quotient(block, int32(section * Tc))
+            j, bh = quotient(place, int32(min(section, Q.shape[0] * H_kv - before * section)))
+            b, h_kv = quotient(int32(before * section + bh), H_kv)
+            j0 = int32(j * Bc)
+            w0, x = int32(warp // SIDE * ROWS), int32(warp % SIDE)  # the warp's keys, and its place beside the others
+            c0 = int32(x * COLUMNS)  # its columns of dK and dV
+            q0, cq = int32(warp // ACROSS * ROWS_dQ), int32(warp % ACROSS * COLUMNS_dQ)  # its rows and columns of dQ
+
+            smem = cuda.shared.array(0, int16, 128)
+            sK = tile_K(smem)  # [Bc, d]
+            sV = tile_V(smem)  # [Bc, d]
+            sQ = tile_Q(smem)  # STAGES x [Br, d]
+            sdO = tile_dO(smem)  # STAGES x [Br, d]
+            sdS = tile_dS(smem)  # dSᵀ [Bc, Br]
+            sP = tile_P(smem)  # Pᵀ [Bc, Br], where warps share keys
+            rS = cuda.local.array((MI, NS, 4), float32)  # Sᵀ, then Pᵀ  [rows, queries]
+            rdP = cuda.local.array((MI, NS, 4), float32)  # dPᵀ
+            rP = cuda.local.array((MI, NW, 4), uint32)  # Pᵀ in words
+            rdS = cuda.local.array((MI, NW, 4), uint32)  # dSᵀ
+            rLD = cuda.local.array((NS, 4), float32)
+            rdK = cuda.local.array((MI, NK, 4), float32)  # [rows, columns]
+            rdV = cuda.local.array((MI, NK, 4), float32)
+            rdQ = cuda.local.array((MQ, NQ, 4), float32)
+            clear_dKV(rdK)
+            clear_dKV(rdV)
+
+            first, end = 0, N_q
+            if BANDED:
+                first, end = max(0, j0 - hi), min(N_q, min(j0 + Bc, N_k) - lo)
+            first, end = int32(first // Br), int32((end + Br - 1) // Br)
+            steps = int32(group * max(0, end - first))
+
+            copy_KV(sK, 0, K[b, :, h_kv], j0, N_k, thread)  # line 7
+            copy_KV(sV, 0, V[b, :, h_kv], j0, N_k, thread)
+            h, i = int32(h_kv * group), first  # of the step whose Q and dO come next
+            if steps > 0:
+                copy_QdO(sQ, 0, Q[b, :, h], i * Br, N_q, thread)
+                copy_QdO(sdO, 0, dO[b, :, h], i * Br, N_q, thread)
+            commit_group()
+            for p in range(steps):  # line 8, for every query head of the group
+                all_arrived()
+                cuda.syncthreads()  # this step's Q and dO are here; those and dS of the step before have been read
+                slot, bh, i0 = int32(p % 2 * Br), int32(b * Q.shape[2] + h), int32(i * Br)
+                i += int32(1)
+                if i == end:
+                    h, i = int32(h + 1), first
+                if p + 1 < steps:
+                    copy_QdO(sQ, Br - slot, Q[b, :, h], i * Br, N_q, thread)  # line 9
+                    copy_QdO(sdO, Br - slot, dO[b, :, h], i * Br, N_q, thread)
+                commit_group()
+
+                for part in range(PARTS):
+                    r0 = int32((part * SIDE + x) * QUERIES)  # the warp's queries in the tile
+                    seen = look(j0 + w0, i0 + r0, N_q, N_k, lo, hi)
+                    if seen != NONE:
+                        # Sᵀ = K Qᵀ,  P = exp(S - LSE),  dV += Pᵀ dO    lines 10-12
+                        load_LD(rLD, LD[bh], i0 + r0, lane)
+                        clear_S(rS)
+                        KQt(rS, sK, w0, sQ, slot + r0)
+                        if SCORED:
+                            score(rS, scale, softcap)
+                        if seen != ALL:
+                            hide(rS, NEG_INF, j0 + w0, i0 + r0, N_k, lo, hi, lane)
+                        weigh(rP, rS, rLD, unit, softcap)
+                        own(rdV, rP, (0, 0), sdO, (slot + r0, c0))
+
+                        # dPᵀ = V dOᵀ,  dS = P ∘ (dP - D),  dK += dSᵀ Q    lines 13, 14, 16
+                        clear_S(rdP)
+                        VdOt(rdP, sV, w0, sdO, slot + r0)
+                        if seen != ALL:
+                            hide(rdP, ZERO, j0 + w0, i0 + r0, N_k, lo, hi, lane)
+                        slope(rdS, rS, rdP, rLD)
+                        own(rdK, rdS, (0, 0), sQ, (slot + r0, c0))
+                    else:
+                        for mi in range(MI):
+                            for n in range(NW):
+                                for e in range(4):
+                                    rP[mi, n, e] = rdS[mi, n, e] = uint32(0)
+                    if SIDE > 1:
+                        put_S(sP, (w0, r0), rP)
+                    put_S(sdS, (w0, r0), rdS)
+                cuda.syncthreads()
+
+                # dV and dK of what the warps beside have computed
+                for part in range(PARTS):
+                    for beside in range(1, SIDE):
+                        r0 = int32((part * SIDE + (x + beside) % SIDE) * QUERIES)
+                        others(rdV, sP, (w0, r0), sdO, (slot + r0, c0))
+                        others(rdK, sdS, (w0, r0), sQ, (slot + r0, c0))
+
+                # dQ += dS K, line 15
+                clear_dQ(rdQ)
+                dSK(rdQ, sdS, (0, q0), sK, (0, cq))
+                to = int32(i0 * d + warp * (ROWS_dQ * COLUMNS_dQ) + 4 * lane)
+                for mi in range(MQ):
+                    for n in range(NQ):
+                        add_four(dQ_acc[bh], to + 128 * (mi * NQ + n), (
+                            rdQ[mi, n, 0], rdQ[mi, n, 1], rdQ[mi, n, 2], rdQ[mi, n, 3]
+                        ))  # fmt: skip
+
+            all_arrived()
+            cuda.syncthreads()  # sK and sV have been read: dK and dV leave through them
+            put_dKV(sK, (w0, c0), rdK, scale)
+            put_dKV(sV, (w0, c0), rdV, ONE)
+            cuda.syncthreads()
+            r0 = int32(warp * KEYS)
+            store_dKV(dK[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sK, r0, lane)  # line 18
+            store_dKV(dV[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sV, r0, lane)
+
+        return Launch(bwd_v2_mma, warps.threads, shared.bytes, blocks=a.blocks)
+
+    @cuda.jit
+    def to_dtype(dQ_acc, dQ, scale):
+        """dQ = scale · dQ_acc, in order and rounded: one row block of one head."""
+        block, thread, warp, lane = where()
+        N_q, H = int32(dQ.shape[1]), int32(dQ.shape[2])
+        bh, i = quotient(block, int32((N_q + Br - 1) // Br))
+        b, h = quotient(bh, H)
+        q0, cq = int32(warp // ACROSS * ROWS_dQ), int32(warp % ACROSS * COLUMNS_dQ)
+        dQ_acc = dQ_acc[bh]
+        sdQ = tile_dQ(cuda.shared.array(0, int16, 128))  # [Br, d]
+        rdQ = cuda.local.array((MQ, NQ, 4), float32)
+        start = int32(i * (Br * d) + warp * (ROWS_dQ * COLUMNS_dQ) + 4 * lane)
+        for mi in range(MQ):
+            for n in range(NQ):
+                at = start + 128 * (mi * NQ + n)
+                rdQ[mi, n, 0], rdQ[mi, n, 1], rdQ[mi, n, 2], rdQ[mi, n, 3] = read_four(dQ_acc, at)
+        put_dQ(sdQ, (q0, cq), rdQ, scale)
+        cuda.syncthreads()
+        r0 = int32(warp * QUERIES_OUT)
+        store_dQ(dQ[b, :, h], i * Br + r0, min(i * Br + Br, N_q), sdQ, r0, lane)
+
+    run_rowsum, plain, scored = rowsum(problem, Br), kernel(False), kernel(True)
+    run_to_dtype = Launch(to_dtype, warps.threads, 2 * Br * d)
+
+    def launch(problem, Q, K, V, mask, O, LSE, dO, dQ, dK, dV):
+        lo, hi = problem.mask.band(problem.N_q, problem.N_k)
+        heads, Tr, Tc = problem.B * problem.H, -(-problem.N_q // Br), -(-problem.N_k // Bc)
+        run, unit = plain, problem.scale * float(LOG2_E)
+        if problem.softcap > 0 or problem.scale <= 0:
+            run, unit = scored, float(LOG2_E)
+        section = max(1, L2_BYTES // max(1, 8 * problem.N_q * d * problem.group))
+        LD, dQ_acc = scratch(heads, 2 * Tr * Br, like=Q), scratch(heads, Tr * Br * d, like=Q).zero_()
+        dO = addressable(dO)
+        run_rowsum(addressable(O), dO, LSE, LD)
+        run(
+            Tc * problem.B * problem.H_kv, addressable(Q), addressable(K), addressable(V), dO, LD, dQ_acc, dK, dV,
+            problem.scale, problem.softcap, unit, lo, hi, min(section, problem.B * problem.H_kv),
+        )  # fmt: skip
+        run_to_dtype(Tr * heads, dQ_acc, dQ, problem.scale)
+
+    return launch
+
+
+VARIANT = Variant(
+    name="bwd_v2_mma",
+    direction="bwd",
+    generation="v2",
+    loop_order="kv_outer",
+    parent="bwd_v2",
+    delta="on the tensor cores: Sᵀ and dPᵀ are a warp's accumulators, and Pᵀ and dSᵀ feed dV and dK from registers",
+    dtypes=("fp16", "bf16"),
+    fit=fit,
+    build=build,
+    deterministic=False,
+    tiles=TILES,
+    usual=usual,
+    unit="tensor",
+    pace=1e-6,
+)
+
+
+def turned(**switches) -> Variant:
+    """The same kernel with these switches, and else as `chosen`: an ablation."""
+    name = " ".join(["bwd_v2_mma", *(f"{switch}={value}" for switch, value in switches.items())])
+    return replace(VARIANT, name=name, default=False, fit=partial(fit, **switches), build=partial(build, **switches))
