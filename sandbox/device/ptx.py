@@ -29,7 +29,9 @@ commit_group()                        closes the group of this lane's copies sin
 wait_group(newest)()                  until all groups but so many of the newest have arrived: for this lane's eyes
 store_chunk(X, n, tile, row, column)  X[n, column : +8] = tile[row, column : +8]
 read_chunk(X, n, column)              X[n, column : +8], four words
-read_four(x, n), add_four(x, n, y)    x[n : +4], four float32; x[n : +4] += y, whoever else adds to it; 16 bytes at once
+read_four(x, n), add_four(x, n, y)    x[n : +4], four float32; x[n : +4] += y, whoever else adds to it; 16 bytes at
+                                      once, of a contiguous x in global memory
+copy_four(x, r, y, n), read_two(x, r)  x[r : +4] = y[n : +4], asynchronous; x[r : +2]; x in shared memory
 unpack_fp16(word), unpack_bf16        (low, high), two float32
 fma(x, y, z)                          x·y + z, rounded once
 """
@@ -49,5 +51,6 @@ pack_fp16, pack_bf16 = instructions.pack_fp16, instructions.pack_bf16
 copy_chunk, store_chunk = instructions.copy_chunk, instructions.store_chunk
 commit_group, wait_group = instructions.commit_group, instructions.wait_group
 read_chunk, read_four, add_four = instructions.read_chunk, instructions.read_four, instructions.add_four
+copy_four, read_two = instructions.copy_four, instructions.read_two
 unpack_fp16, unpack_bf16 = instructions.unpack_fp16, instructions.unpack_bf16
 fma = instructions.fma

@@ -98,6 +98,13 @@ def _global(context, builder, sig, args, at, column):
     return builder.gep(start, [builder.zext(builder.shl(column, _int(1)), I64)])
 
 
+def _adjacent(context, builder, sig, args, at, space):
+    """Address of x[n] in an address space, of float32 that lie side by side; x and n are arguments at, at + 1."""
+    array = arrayobj.make_array(sig.args[at])(context, builder, args[at])
+    data = builder.addrspacecast(array.data, ir.PointerType(F32, space))
+    return builder.gep(data, [context.cast(builder, args[at + 1], sig.args[at + 1], types.intp)])
+
+
 def _load(name: str, how: str, right: bool = False):
     def load(typingctx, tile, row, column):
         def codegen(context, builder, sig, args):
@@ -234,7 +241,7 @@ read_chunk.fingerprint = "read_chunk"
 @intrinsic
 def read_four(typingctx, x, n):
     def codegen(context, builder, sig, args):
-        start = row_pointer(context, builder, sig.args[0], args[0], args[1], sig.args[1])
+        start = _adjacent(context, builder, sig, args, 0, 1)
         loaded = builder.load(builder.bitcast(start, ir.PointerType(ir.VectorType(F32, 4), 1)), align=16)
         return cgutils.pack_array(builder, [builder.extract_element(loaded, _int(e)) for e in range(4)])
 
@@ -247,7 +254,7 @@ read_four.fingerprint = "read_four"
 @intrinsic
 def add_four(typingctx, x, n, y):
     def codegen(context, builder, sig, args):
-        start = row_pointer(context, builder, sig.args[0], args[0], args[1], sig.args[1])
+        start = _adjacent(context, builder, sig, args, 0, 1)
         code = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
         operands = [builder.ptrtoint(start, I64), *(builder.extract_value(args[2], e) for e in range(4))]
         _asm(builder, code, "l,f,f,f,f", VOID, operands)
@@ -257,6 +264,33 @@ def add_four(typingctx, x, n, y):
 
 
 add_four.fingerprint = "add_four"
+
+
+@intrinsic
+def read_two(typingctx, x, n):
+    def codegen(context, builder, sig, args):
+        start = _adjacent(context, builder, sig, args, 0, 3)
+        loaded = builder.load(builder.bitcast(start, ir.PointerType(ir.VectorType(F32, 2), 3)), align=8)
+        return cgutils.pack_array(builder, [builder.extract_element(loaded, _int(e)) for e in range(2)])
+
+    return types.UniTuple(FLOAT, 2)(x, n), codegen
+
+
+read_two.fingerprint = "read_two"
+
+
+@intrinsic
+def copy_four(typingctx, x, r, y, n):
+    def codegen(context, builder, sig, args):
+        to = builder.ptrtoint(_adjacent(context, builder, sig, args, 0, 3), I32)
+        start = builder.ptrtoint(_adjacent(context, builder, sig, args, 2, 1), I64)
+        _asm(builder, "cp.async.cg.shared.global [$0], [$1], 16;", "r,l", VOID, [to, start])
+        return context.get_dummy_value()
+
+    return types.void(x, r, y, n), codegen
+
+
+copy_four.fingerprint = "copy_four"
 
 
 @intrinsic

@@ -155,12 +155,28 @@ def read_chunk(X, n, column):
 
 
 def read_four(x, n):
+    _check_four(x, n)
     return x[n], x[n + 1], x[n + 2], x[n + 3]
 
 
+def _check_four(x, n):
+    if n % 4 or x.strides != (4,) or x.address % 16:
+        raise SimulatorError(f"{x.name}[{n} : +4], strides {x.strides}: 16 bytes at a multiple of 16 expected")
+
+
 def add_four(x, n, y):
+    _check_four(x, n)
     for e in range(4):
         x.atomic_add(n + e, y[e])
+
+
+def copy_four(x, r, y, n):
+    _check_four(y, n)
+    simulator.copy_line(x, r, 4, lambda e: y[n + e])
+
+
+def read_two(x, r):
+    return x[r], x[r + 1]
 
 
 def unpack_fp16(word):

@@ -16,8 +16,8 @@ from .softmax import ALL_LANES
 THREADS = 32 if SIMULATED else 256
 
 
-def rowsum(problem: Problem, Br: int):
-    """run(O, dO, LSE, LD): LD [B·H, 2·Nr] = L, D of row 0, L, D of row 1, …; Nr is N_q rounded up to Br.
+def rowsum(problem: Problem):
+    """run(O, dO, LSE, L, D): L and D [B·H, Nr]; Nr is at least N_q.
 
     Of rows that see nothing and of those past the end L is +inf; of the latter D is 0.
     O and dO [B, N_q, H, d] are addressable by 16 bytes, LSE [B, H, N_q] is -inf where a row sees nothing.
@@ -34,29 +34,29 @@ def rowsum(problem: Problem, Br: int):
         return x0 * y0 + x1 * y1
 
     @cuda.jit
-    def rowsum(O, dO, LSE, LD):
+    def rowsum(O, dO, LSE, L, D):
         block, thread = cuda.blockIdx.x & 0x7FFFFFFF, cuda.threadIdx.x & 0x3FF
-        N_q, Nr = O.shape[1], LD.shape[1] // 2
+        N_q, Nr = O.shape[1], L.shape[1]
         bh, part = quotient(block, (Nr + ROWS - 1) // ROWS)
         b, h = quotient(bh, O.shape[2])
         i, x = part * ROWS + thread // LANES, thread % LANES
-        D = ZERO
+        total = ZERO
         if i < N_q:
             Oh, dOh = O[b, :, h], dO[b, :, h]
             for q in range(CHUNKS // LANES):
                 o, do = read_chunk(Oh, i, 8 * (x + q * LANES)), read_chunk(dOh, i, 8 * (x + q * LANES))
-                D += dot(o[0], do[0]) + dot(o[1], do[1]) + dot(o[2], do[2]) + dot(o[3], do[3])
+                total += dot(o[0], do[0]) + dot(o[1], do[1]) + dot(o[2], do[2]) + dot(o[3], do[3])
         step = 1
         while step < LANES:
-            D += cuda.shfl_xor_sync(ALL_LANES, D, step)
+            total += cuda.shfl_xor_sync(ALL_LANES, total, step)
             step *= 2
         if x == 0 and i < Nr:
-            L = LSE[b, h, i] * LOG2_E if i < N_q else NEG_INF
-            LD[bh, 2 * i], LD[bh, 2 * i + 1] = -NEG_INF if L == NEG_INF else L, D
+            lse = LSE[b, h, i] if i < N_q else NEG_INF
+            L[bh, i], D[bh, i] = -NEG_INF if lse == NEG_INF else lse * LOG2_E, total
 
     launch = Launch(rowsum, THREADS)
 
-    def run(O, dO, LSE, LD):
-        launch(LD.shape[0] * -(-(LD.shape[1] // 2) // ROWS), O, dO, LSE, LD)
+    def run(O, dO, LSE, L, D):
+        launch(L.shape[0] * -(-L.shape[1] // ROWS), O, dO, LSE, L, D)
 
     return run

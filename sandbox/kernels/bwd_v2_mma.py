@@ -21,14 +21,15 @@ from itertools import product
 
 from numba import cuda, float32, int16, int32, uint32
 
-from ..device import Launch, scratch
+from ..device import Launch, device_function, scratch
 from ..device.columns import Columns
 from ..device.launch import addressable
 from ..device.mma import Shared16, Warps
-from ..device.ptx import add_four, commit_group, read_four, wait_group
+from ..device.ptx import add_four, commit_group, copy_four, read_four, wait_group
 from ..device.rows import ALL, NONE, Rows
 from ..device.rowsum import rowsum
 from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, quotient
+from ..device.tiles import shared_tile
 from ..variant import Infeasible, Tile, Unsupported, Variant
 
 TILES = (
@@ -36,6 +37,7 @@ TILES = (
     *(Tile(Br, Bc) for Br in (32, 64, 128) for Bc in (64, 128)),
 )
 REGISTERS = 192  # of a thread, for its tiles
+RESERVED = 1024  # bytes of shared memory that the system takes of each block
 STAGES = 2  # tiles of Q and of dO that are on their way or in use
 L2_BYTES = 32 << 20  # of Q, dO and dQ that are worked on at a time
 
@@ -103,6 +105,11 @@ def shared_tiles(problem, tile, a) -> Shared16:
     return Shared16(sK=(Bc, d), sV=(Bc, d), sQ=(STAGES * Br, d), sdO=(STAGES * Br, d), sdS=(Bc, Br), **P)
 
 
+def shared_bytes(problem, tile, a) -> int:
+    """With L and D of each query, in float32."""
+    return shared_tiles(problem, tile, a).bytes + 2 * 4 * STAGES * tile.Br
+
+
 def fit(problem, tile, device, **turned):
     if problem.dtype == "fp32":
         raise Unsupported("bwd_v2_mma takes fp16 and bf16, not fp32: bwd_v2 takes fp32")
@@ -115,7 +122,7 @@ def fit(problem, tile, device, **turned):
         raise Unsupported(f"bwd_v2_mma needs sm_90 (stmatrix), this is sm_{major}{minor}: bwd_v2 runs here")
     if (a := chosen(problem, tile, device, **turned)) is None:
         raise Infeasible(tile, f"cannot be shared by at most 8 warps with {REGISTERS} registers for tiles in each")
-    if (need := shared_tiles(problem, tile, a).bytes) > device.shared // a.blocks - (1024 if a.blocks > 1 else 0):
+    if (need := shared_bytes(problem, tile, a)) > (device.shared + RESERVED) // a.blocks - RESERVED:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, {a.blocks} blocks have {device.shared:,} B")
 
 
@@ -150,13 +157,22 @@ def build(problem, tile, device, **turned):
     put_S, put_dKV, put_dQ = warps.put_words(MI, QUERIES), warps.put_at(MI, COLUMNS), warps.put_at(MQ, COLUMNS_dQ)
     KEYS, QUERIES_OUT = Bc // a.warps, -(-Br // a.warps)  # that a warp stores
     store_dKV, store_dQ, (tile_dQ,) = warps.store(KEYS, d), warps.store(QUERIES_OUT, d), Shared16(sdQ=(Br, d))
-    look, hide, load_LD, weigh, slope = columns.look, columns.hide, columns.load, columns.weigh, columns.slope
+    look, hide, weigh, slope = columns.look, columns.hide, columns.weigh, columns.slope
     score, all_arrived = Rows(problem, MI, QUERIES).score, wait_group(0)
     BANDED = problem.mask.banded
 
+    tile_L = shared_tile("sL", shared.bytes // 4, 1, STAGES * Br, 1)
+    tile_D = shared_tile("sD", shared.bytes // 4 + STAGES * Br, 1, STAGES * Br, 1)
+
+    @device_function
+    def copy_LD(sL, sD, r0, L, D, i0, thread):
+        if thread < Br // 4:
+            copy_four(sL, r0 + 4 * thread, L, i0 + 4 * thread)
+            copy_four(sD, r0 + 4 * thread, D, i0 + 4 * thread)
+
     def kernel(SCORED):
         @cuda.jit
-        def bwd_v2_mma(Q, K, V, dO, LD, dQ_acc, dK, dV, scale, softcap, unit, lo, hi, section):
+        def bwd_v2_mma(Q, K, V, dO, L, D, dQ_acc, dK, dV, scale, softcap, unit, lo, hi, section):
             block, thread, warp, lane = where()
             N_q, N_k, H_kv = int32(Q.shape[1]), int32(K.shape[1]), int32(K.shape[2])
             group, _ = quotient(int32(Q.shape[2]), H_kv)
@@ -166,6 +182,7 @@ def build(problem, tile, device, **turned):
             j, bh = quotient(place, int32(min(section, Q.shape[0] * H_kv - before * section)))
             b, h_kv = quotient(int32(before * section + bh), H_kv)
             j0 = int32(j * Bc)
+            thread, warp, lane = int32(thread), int32(warp), int32(lane)
             w0, x = int32(warp // SIDE * ROWS), int32(warp % SIDE)  # the warp's keys, and its place beside the others
             c0 = int32(x * COLUMNS)  # its columns of dK and dV
             q0, cq = int32(warp // ACROSS * ROWS_dQ), int32(warp % ACROSS * COLUMNS_dQ)  # its rows and columns of dQ
@@ -177,11 +194,13 @@ def build(problem, tile, device, **turned):
             sdO = tile_dO(smem)  # STAGES x [Br, d]
             sdS = tile_dS(smem)  # dSᵀ [Bc, Br]
             sP = tile_P(smem)  # Pᵀ [Bc, Br], where warps share keys
+            floats = cuda.shared.array(0, float32, 128)  # the same memory
+            sL = tile_L(floats)  # STAGES x [Br]
+            sD = tile_D(floats)
             rS = cuda.local.array((MI, NS, 4), float32)  # Sᵀ, then Pᵀ  [rows, queries]
             rdP = cuda.local.array((MI, NS, 4), float32)  # dPᵀ
             rP = cuda.local.array((MI, NW, 4), uint32)  # Pᵀ in words
             rdS = cuda.local.array((MI, NW, 4), uint32)  # dSᵀ
-            rLD = cuda.local.array((NS, 4), float32)
             rdK = cuda.local.array((MI, NK, 4), float32)  # [rows, columns]
             rdV = cuda.local.array((MI, NK, 4), float32)
             rdQ = cuda.local.array((MQ, NQ, 4), float32)
@@ -192,75 +211,78 @@ def build(problem, tile, device, **turned):
             if BANDED:
                 first, end = max(0, j0 - hi), min(N_q, min(j0 + Bc, N_k) - lo)
             first, end = int32(first // Br), int32((end + Br - 1) // Br)
-            steps = int32(group * max(0, end - first))
 
             copy_KV(sK, 0, K[b, :, h_kv], j0, N_k, thread)  # line 7
             copy_KV(sV, 0, V[b, :, h_kv], j0, N_k, thread)
-            h, i = int32(h_kv * group), first  # of the step whose Q and dO come next
-            if steps > 0:
-                copy_QdO(sQ, 0, Q[b, :, h], i * Br, N_q, thread)
-                copy_QdO(sdO, 0, dO[b, :, h], i * Br, N_q, thread)
             commit_group()
-            for p in range(steps):  # line 8, for every query head of the group
-                all_arrived()
-                cuda.syncthreads()  # this step's Q and dO are here; those and dS of the step before have been read
-                slot, bh, i0 = int32(p % 2 * Br), int32(b * Q.shape[2] + h), int32(i * Br)
-                i += int32(1)
-                if i == end:
-                    h, i = int32(h + 1), first
-                if p + 1 < steps:
-                    copy_QdO(sQ, Br - slot, Q[b, :, h], i * Br, N_q, thread)  # line 9
-                    copy_QdO(sdO, Br - slot, dO[b, :, h], i * Br, N_q, thread)
+            slot = int32(0)
+            for g in range(group):
+                h = int32(h_kv * group + g)
+                bh = int32(b * Q.shape[2] + h)
+                Qh, dOh, Lh, Dh, dQh = Q[b, :, h], dO[b, :, h], L[bh], D[bh], dQ_acc[bh]
+                if first < end:
+                    copy_QdO(sQ, slot, Qh, first * Br, N_q, thread)
+                    copy_QdO(sdO, slot, dOh, first * Br, N_q, thread)
+                    copy_LD(sL, sD, slot, Lh, Dh, first * Br, thread)
                 commit_group()
+                for i in range(first, end):  # line 8
+                    all_arrived()
+                    cuda.syncthreads()  # this step's Q and dO are here; those and dS of the step before have been read
+                    i0 = int32(i * Br)
+                    if i + 1 < end:
+                        copy_QdO(sQ, Br - slot, Qh, i0 + Br, N_q, thread)  # line 9
+                        copy_QdO(sdO, Br - slot, dOh, i0 + Br, N_q, thread)
+                        copy_LD(sL, sD, Br - slot, Lh, Dh, i0 + Br, thread)
+                    commit_group()
 
-                for part in range(PARTS):
-                    r0 = int32((part * SIDE + x) * QUERIES)  # the warp's queries in the tile
-                    seen = look(j0 + w0, i0 + r0, N_q, N_k, lo, hi)
-                    if seen != NONE:
-                        # Sᵀ = K Qᵀ,  P = exp(S - LSE),  dV += Pᵀ dO    lines 10-12
-                        load_LD(rLD, LD[bh], i0 + r0, lane)
-                        clear_S(rS)
-                        KQt(rS, sK, w0, sQ, slot + r0)
-                        if SCORED:
-                            score(rS, scale, softcap)
-                        if seen != ALL:
-                            hide(rS, NEG_INF, j0 + w0, i0 + r0, N_k, lo, hi, lane)
-                        weigh(rP, rS, rLD, unit, softcap)
-                        own(rdV, rP, (0, 0), sdO, (slot + r0, c0))
+                    for part in range(PARTS):
+                        r0 = int32((part * SIDE + x) * QUERIES)  # the warp's queries in the tile
+                        seen = look(int32(j0 + w0), int32(i0 + r0), N_q, N_k, lo, hi)
+                        if seen != NONE:
+                            # Sᵀ = K Qᵀ,  P = exp(S - LSE),  dV += Pᵀ dO    lines 10-12
+                            clear_S(rS)
+                            KQt(rS, sK, w0, sQ, slot + r0)
+                            if SCORED:
+                                score(rS, scale, softcap)
+                            if seen != ALL:
+                                hide(rS, NEG_INF, j0 + w0, i0 + r0, N_k, lo, hi, lane)
+                            weigh(rP, rS, sL, slot + r0, lane, unit, softcap)
+                            own(rdV, rP, (0, 0), sdO, (slot + r0, c0))
 
-                        # dPᵀ = V dOᵀ,  dS = P ∘ (dP - D),  dK += dSᵀ Q    lines 13, 14, 16
-                        clear_S(rdP)
-                        VdOt(rdP, sV, w0, sdO, slot + r0)
-                        if seen != ALL:
-                            hide(rdP, ZERO, j0 + w0, i0 + r0, N_k, lo, hi, lane)
-                        slope(rdS, rS, rdP, rLD)
-                        own(rdK, rdS, (0, 0), sQ, (slot + r0, c0))
-                    else:
-                        for mi in range(MI):
-                            for n in range(NW):
-                                for e in range(4):
-                                    rP[mi, n, e] = rdS[mi, n, e] = uint32(0)
-                    if SIDE > 1:
-                        put_S(sP, (w0, r0), rP)
-                    put_S(sdS, (w0, r0), rdS)
-                cuda.syncthreads()
+                            # dPᵀ = V dOᵀ,  dS = P ∘ (dP - D),  dK += dSᵀ Q    lines 13, 14, 16
+                            clear_S(rdP)
+                            VdOt(rdP, sV, w0, sdO, slot + r0)
+                            if seen != ALL:
+                                hide(rdP, ZERO, j0 + w0, i0 + r0, N_k, lo, hi, lane)
+                            slope(rdS, rS, rdP, sD, slot + r0, lane)
+                            own(rdK, rdS, (0, 0), sQ, (slot + r0, c0))
+                        else:
+                            for mi in range(MI):
+                                for n in range(NW):
+                                    for e in range(4):
+                                        rP[mi, n, e] = rdS[mi, n, e] = uint32(0)
+                        if SIDE > 1:
+                            put_S(sP, (w0, r0), rP)
+                        put_S(sdS, (w0, r0), rdS)
+                    cuda.syncthreads()
 
-                # dV and dK of what the warps beside have computed
-                for part in range(PARTS):
-                    for beside in range(1, SIDE):
-                        r0 = int32((part * SIDE + (x + beside) % SIDE) * QUERIES)
-                        others(rdV, sP, (w0, r0), sdO, (slot + r0, c0))
-                        others(rdK, sdS, (w0, r0), sQ, (slot + r0, c0))
+                    # dV and dK of what the warps beside have computed
+                    for part in range(PARTS):
+                        for beside in range(1, SIDE):
+                            r0 = int32((part * SIDE + (x + beside) % SIDE) * QUERIES)
+                            others(rdV, sP, (w0, r0), sdO, (slot + r0, c0))
+                            others(rdK, sdS, (w0, r0), sQ, (slot + r0, c0))
 
-                # dQ += dS K, line 15
-                clear_dQ(rdQ)
-                dSK(rdQ, sdS, (0, q0), sK, (0, cq))
-                to = int32(i0 * d + warp * (ROWS_dQ * COLUMNS_dQ) + 4 * lane)
-                for mi in range(MQ):
-                    for n in range(NQ):
-                        add_four(dQ_acc[bh], to + 128 * (mi * NQ + n), (
-                            rdQ[mi, n, 0], rdQ[mi, n, 1], rdQ[mi, n, 2], rdQ[mi, n, 3]
-                        ))  # fmt: skip
+                    # dQ += dS K, line 15
+                    clear_dQ(rdQ)
+                    dSK(rdQ, sdS, (0, q0), sK, (0, cq))
+                    to = int32(i0 * d + warp * (ROWS_dQ * COLUMNS_dQ) + 4 * lane)
+                    for mi in range(MQ):
+                        for n in range(NQ):
+                            add_four(dQh, to + 128 * (mi * NQ + n), (
+                                rdQ[mi, n, 0], rdQ[mi, n, 1], rdQ[mi, n, 2], rdQ[mi, n, 3]
+                            ))  # fmt: skip
+                    slot = int32(Br - slot)
 
             all_arrived()
             cuda.syncthreads()  # sK and sV have been read: dK and dV leave through them
@@ -271,7 +293,7 @@ def build(problem, tile, device, **turned):
             store_dKV(dK[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sK, r0, lane)  # line 18
             store_dKV(dV[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sV, r0, lane)
 
-        return Launch(bwd_v2_mma, warps.threads, shared.bytes, blocks=a.blocks)
+        return Launch(bwd_v2_mma, warps.threads, shared_bytes(problem, tile, a), blocks=a.blocks)
 
     @cuda.jit
     def to_dtype(dQ_acc, dQ, scale):
@@ -294,7 +316,7 @@ def build(problem, tile, device, **turned):
         r0 = int32(warp * QUERIES_OUT)
         store_dQ(dQ[b, :, h], i * Br + r0, min(i * Br + Br, N_q), sdQ, r0, lane)
 
-    run_rowsum, plain, scored = rowsum(problem, Br), kernel(False), kernel(True)
+    run_rowsum, plain, scored = rowsum(problem), kernel(False), kernel(True)
     run_to_dtype = Launch(to_dtype, warps.threads, 2 * Br * d)
 
     def launch(problem, Q, K, V, mask, O, LSE, dO, dQ, dK, dV):
@@ -304,11 +326,11 @@ def build(problem, tile, device, **turned):
         if problem.softcap > 0 or problem.scale <= 0:
             run, unit = scored, float(LOG2_E)
         section = max(1, L2_BYTES // max(1, 8 * problem.N_q * d * problem.group))
-        LD, dQ_acc = scratch(heads, 2 * Tr * Br, like=Q), scratch(heads, Tr * Br * d, like=Q).zero_()
-        dO = addressable(dO)
-        run_rowsum(addressable(O), dO, LSE, LD)
+        L, D = scratch(heads, Tr * Br, like=Q), scratch(heads, Tr * Br, like=Q)
+        dQ_acc, dO = scratch(heads, Tr * Br * d, like=Q).zero_(), addressable(dO)
+        run_rowsum(addressable(O), dO, LSE, L, D)
         run(
-            Tc * problem.B * problem.H_kv, addressable(Q), addressable(K), addressable(V), dO, LD, dQ_acc, dK, dV,
+            Tc * problem.B * problem.H_kv, addressable(Q), addressable(K), addressable(V), dO, L, D, dQ_acc, dK, dV,
             problem.scale, problem.softcap, unit, lo, hi, min(section, problem.B * problem.H_kv),
         )  # fmt: skip
         run_to_dtype(Tr * heads, dQ_acc, dQ, problem.scale)
