@@ -34,6 +34,7 @@ read_four(x, n), add_four(x, n, y)    x[n : +4], four float32; x[n : +4] += y, w
 copy_four(x, r, y, n), read_two(x, r)  x[r : +4] = y[n : +4], asynchronous; x[r : +2]; x in shared memory
 unpack_fp16(word), unpack_bf16        (low, high), two float32
 fma(x, y, z)                          x·y + z, rounded once
+here(x)                               x, an int32; what follows from it is computed here, not before the loop and kept
 """
 
 from .scalar import SIMULATED
@@ -53,4 +54,4 @@ commit_group, wait_group = instructions.commit_group, instructions.wait_group
 read_chunk, read_four, add_four = instructions.read_chunk, instructions.read_four, instructions.add_four
 copy_four, read_two = instructions.copy_four, instructions.read_two
 unpack_fp16, unpack_bf16 = instructions.unpack_fp16, instructions.unpack_bf16
-fma = instructions.fma
+fma, here = instructions.fma, instructions.here

@@ -325,3 +325,14 @@ def fma(typingctx, x, y, z):
 
 
 fma.fingerprint = "fma"
+
+
+@intrinsic
+def here(typingctx, x):
+    def codegen(context, builder, sig, args):
+        return _asm(builder, "mov.b32 $0, $1;", "=r,r", I32, args)
+
+    return types.int32(types.int32), codegen
+
+
+here.fingerprint = "here"

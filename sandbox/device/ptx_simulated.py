@@ -193,3 +193,7 @@ commit_group, wait_group = simulator.commit_group, simulator.wait_group
 def fma(x, y, z):
     """A product of two float32 is exact in float64."""
     return np.float32(np.float64(x) * np.float64(y) + np.float64(z))
+
+
+def here(x):
+    return x

@@ -25,7 +25,7 @@ from ..device import Launch, device_function, scratch
 from ..device.columns import Columns
 from ..device.launch import addressable
 from ..device.mma import Shared16, Warps
-from ..device.ptx import add_four, commit_group, copy_four, read_four, wait_group
+from ..device.ptx import add_four, commit_group, copy_four, here, read_four, wait_group
 from ..device.rows import ALL, NONE, Rows
 from ..device.rowsum import rowsum
 from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, quotient
@@ -165,6 +165,14 @@ def build(problem, tile, device, **turned):
     tile_D = shared_tile("sD", shared.bytes // 4 + STAGES * Br, 1, STAGES * Br, 1)
 
     @device_function
+    def share(warp):
+        """(w0, x, c0, q0, cq) of a warp: its keys begin at w0, it is the x-th of those that share them and has dK and dV
+        from column c0 on, and of dQ rows from q0 and columns from cq on."""
+        x = int32(warp % SIDE)
+        q0, cq = int32(warp // ACROSS * ROWS_dQ), int32(warp % ACROSS * COLUMNS_dQ)
+        return int32(warp // SIDE * ROWS), x, int32(x * COLUMNS), q0, cq
+
+    @device_function
     def copy_LD(sL, sD, r0, L, D, i0, thread):
         if thread < Br // 4:
             copy_four(sL, r0 + 4 * thread, L, i0 + 4 * thread)
@@ -183,9 +191,6 @@ def build(problem, tile, device, **turned):
             b, h_kv = quotient(int32(before * section + bh), H_kv)
             j0 = int32(j * Bc)
             thread, warp, lane = int32(thread), int32(warp), int32(lane)
-            w0, x = int32(warp // SIDE * ROWS), int32(warp % SIDE)  # the warp's keys, and its place beside the others
-            c0 = int32(x * COLUMNS)  # its columns of dK and dV
-            q0, cq = int32(warp // ACROSS * ROWS_dQ), int32(warp % ACROSS * COLUMNS_dQ)  # its rows and columns of dQ
 
             smem = cuda.shared.array(0, int16, 128)
             sK = tile_K(smem)  # [Bc, d]
@@ -229,6 +234,7 @@ def build(problem, tile, device, **turned):
                     all_arrived()
                     cuda.syncthreads()  # this step's Q and dO are here; those and dS of the step before have been read
                     i0 = int32(i * Br)
+                    w0, x, c0, q0, cq = share(here(warp))
                     if i + 1 < end:
                         copy_QdO(sQ, Br - slot, Qh, i0 + Br, N_q, thread)  # line 9
                         copy_QdO(sdO, Br - slot, dOh, i0 + Br, N_q, thread)
@@ -239,22 +245,21 @@ def build(problem, tile, device, **turned):
                         r0 = int32((part * SIDE + x) * QUERIES)  # the warp's queries in the tile
                         seen = look(int32(j0 + w0), int32(i0 + r0), N_q, N_k, lo, hi)
                         if seen != NONE:
-                            # Sᵀ = K Qᵀ,  P = exp(S - LSE),  dV += Pᵀ dO    lines 10-12
+                            # Sᵀ = K Qᵀ,  dPᵀ = V dOᵀ    lines 10, 13
                             clear_S(rS)
                             KQt(rS, sK, w0, sQ, slot + r0)
+                            clear_S(rdP)
+                            VdOt(rdP, sV, w0, sdO, slot + r0)
                             if SCORED:
                                 score(rS, scale, softcap)
                             if seen != ALL:
                                 hide(rS, NEG_INF, j0 + w0, i0 + r0, N_k, lo, hi, lane)
-                            weigh(rP, rS, sL, slot + r0, lane, unit, softcap)
-                            own(rdV, rP, (0, 0), sdO, (slot + r0, c0))
-
-                            # dPᵀ = V dOᵀ,  dS = P ∘ (dP - D),  dK += dSᵀ Q    lines 13, 14, 16
-                            clear_S(rdP)
-                            VdOt(rdP, sV, w0, sdO, slot + r0)
-                            if seen != ALL:
                                 hide(rdP, ZERO, j0 + w0, i0 + r0, N_k, lo, hi, lane)
+
+                            # P = exp(S - LSE),  dV += Pᵀ dO,  dS = P ∘ (dP - D),  dK += dSᵀ Q    lines 11, 12, 14, 16
+                            weigh(rP, rS, sL, slot + r0, lane, unit, softcap)
                             slope(rdS, rS, rdP, sD, slot + r0, lane)
+                            own(rdV, rP, (0, 0), sdO, (slot + r0, c0))
                             own(rdK, rdS, (0, 0), sQ, (slot + r0, c0))
                         else:
                             for mi in range(MI):
@@ -286,6 +291,7 @@ def build(problem, tile, device, **turned):
 
             all_arrived()
             cuda.syncthreads()  # sK and sV have been read: dK and dV leave through them
+            w0, x, c0, q0, cq = share(warp)
             put_dKV(sK, (w0, c0), rdK, scale)
             put_dKV(sV, (w0, c0), rdV, ONE)
             cuda.syncthreads()
@@ -302,7 +308,7 @@ def build(problem, tile, device, **turned):
         N_q, H = int32(dQ.shape[1]), int32(dQ.shape[2])
         bh, i = quotient(block, int32((N_q + Br - 1) // Br))
         b, h = quotient(bh, H)
-        q0, cq = int32(warp // ACROSS * ROWS_dQ), int32(warp % ACROSS * COLUMNS_dQ)
+        w0, x, c0, q0, cq = share(warp)
         dQ_acc = dQ_acc[bh]
         sdQ = tile_dQ(cuda.shared.array(0, int16, 128))  # [Br, d]
         rdQ = cuda.local.array((MQ, NQ, 4), float32)
