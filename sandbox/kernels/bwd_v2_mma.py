@@ -34,7 +34,7 @@ from ..variant import Infeasible, Tile, Unsupported, Variant
 
 TILES = (
     *(Tile(Br, Bc) for Br in (16, 32) for Bc in (16, 32)),  # where a GPU is simulated, or nearly idle
-    *(Tile(Br, Bc) for Br in (32, 64, 128) for Bc in (64, 128)),
+    *(Tile(Br, Bc) for Br in (32, 64, 128) for Bc in (64, 128, 256)),
 )
 REGISTERS = 192  # of a thread, for its tiles
 RESERVED = 1024  # bytes of shared memory that the system takes of each block
