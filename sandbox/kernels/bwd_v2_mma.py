@@ -38,7 +38,6 @@ TILES = (
 )
 REGISTERS = 192  # of a thread, for its tiles
 RESERVED = 1024  # bytes of shared memory that the system takes of each block
-STAGES = 2  # tiles of Q and of dO that are on their way or in use
 L2_BYTES = 32 << 20  # of Q, dO and dQ that are worked on at a time
 
 
@@ -50,12 +49,14 @@ class Switches:
     side     warps that share them
     queries  of a warp at a time: 16 or 32
     blocks   that are to share a multiprocessor, as far as registers go
+    barriers a step: 1, where two of sP and sdS (and, where warps share keys, three of sQ and sdO) fit, or 2
     """
 
     rows: int = 0
     side: int = 0
     queries: int = 0
     blocks: int = 0
+    barriers: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,22 @@ class Layout:
     rows_dQ: int
     columns_dQ: int
     blocks: int
+    barriers: int
+
+    @property
+    def stages(self) -> int:
+        """Tiles of Q and of dO that are on their way or in use."""
+        return 3 if self.barriers == 1 and self.side > 1 else 2
+
+    def shared(self, d: int, tile: Tile) -> Shared16:
+        scores = (tile.Bc * (3 - self.barriers), tile.Br)
+        P = dict(sP=scores) if self.side > 1 else {}
+        rows = (self.stages * tile.Br, d)
+        return Shared16(sK=(tile.Bc, d), sV=(tile.Bc, d), sQ=rows, sdO=rows, sdS=scores, **P)
+
+    def bytes(self, d: int, tile: Tile) -> int:
+        """Of shared memory, with L and D of each query in float32."""
+        return self.shared(d, tile).bytes + 2 * 4 * self.stages * tile.Br
 
     @property
     def registers(self) -> int:
@@ -81,33 +98,28 @@ class Layout:
 
 def layouts(d: int, tile: Tile, s: Switches):
     """Those that share a tile evenly.  The first reads least from shared memory."""
-    for rows, side, queries, rows_dQ in product((32, 16), range(1, d // 16 + 1), (32, 16), (32, 16)):
-        warps = tile.Bc // rows * side
-        if (s.rows or rows, s.side or side, s.queries or queries) != (rows, side, queries):
+    choices = product((32, 16), range(1, d // 16 + 1), (32, 16), (32, 16), (1, 2))
+    for rows, side, queries, rows_dQ, barriers in choices:
+        warps, now = tile.Bc // rows * side, (rows, side, queries, barriers)
+        if any(wanted not in (0, value) for wanted, value in zip((s.rows, s.side, s.queries, s.barriers), now)):
             continue
         if tile.Bc % rows or tile.Br % (side * queries) or d % (16 * side):
             continue
         if tile.Br % rows_dQ or warps * rows_dQ % tile.Br or d % (16 * (across := warps * rows_dQ // tile.Br)):
             continue
         blocks = s.blocks or max(1, 8 // warps)
-        yield Layout(rows, side, queries, d // side, warps, rows_dQ, d // across, blocks)
+        yield Layout(rows, side, queries, d // side, warps, rows_dQ, d // across, blocks, barriers)
 
 
 def chosen(problem, tile, device, **turned) -> Layout | None:
-    """The layout that is used, the first whose tiles fit in registers."""
-    found = layouts(problem.d, tile, Switches(**turned))
-    return next((a for a in found if a.registers <= REGISTERS and a.warps <= 8), None)
+    """The layout that is used: the first that fits in registers and, of its kind, in shared memory."""
+    found = [a for a in layouts(problem.d, tile, Switches(**turned)) if a.registers <= REGISTERS and a.warps <= 8]
+    return next((a for a in found[:2] if a.bytes(problem.d, tile) <= room(device, a)), found[0] if found else None)
 
 
-def shared_tiles(problem, tile, a) -> Shared16:
-    d, Br, Bc = problem.d, tile.Br, tile.Bc
-    P = dict(sP=(Bc, Br)) if a.side > 1 else {}
-    return Shared16(sK=(Bc, d), sV=(Bc, d), sQ=(STAGES * Br, d), sdO=(STAGES * Br, d), sdS=(Bc, Br), **P)
-
-
-def shared_bytes(problem, tile, a) -> int:
-    """With L and D of each query, in float32."""
-    return shared_tiles(problem, tile, a).bytes + 2 * 4 * STAGES * tile.Br
+def room(device, a) -> int:
+    """Bytes of shared memory that each of the blocks on a multiprocessor has."""
+    return (device.shared + RESERVED) // a.blocks - RESERVED
 
 
 def fit(problem, tile, device, **turned):
@@ -122,8 +134,10 @@ def fit(problem, tile, device, **turned):
         raise Unsupported(f"bwd_v2_mma needs sm_90 (stmatrix), this is sm_{major}{minor}: bwd_v2 runs here")
     if (a := chosen(problem, tile, device, **turned)) is None:
         raise Infeasible(tile, f"cannot be shared by at most 8 warps with {REGISTERS} registers for tiles in each")
-    if (need := shared_bytes(problem, tile, a)) > (device.shared + RESERVED) // a.blocks - RESERVED:
-        raise Infeasible(tile, f"needs {need:,} B of shared memory, {a.blocks} blocks have {device.shared:,} B")
+    if (need := a.bytes(problem.d, tile)) > room(device, a):
+        raise Infeasible(
+            tile, f"needs {need:,} B of shared memory, each of {a.blocks} blocks has {room(device, a):,} B"
+        )
 
 
 def usual(problem, device) -> Tile:
@@ -147,7 +161,8 @@ def build(problem, tile, device, **turned):
     NS, NW, NK, NQ = QUERIES // 8, QUERIES // 16, COLUMNS // 8, COLUMNS_dQ // 8
     PARTS, ACROSS = Br // (SIDE * QUERIES), d // COLUMNS_dQ
     warps, columns = Warps(a.warps, problem.dtype), Columns(problem, MI, QUERIES)
-    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = shared_tiles(problem, tile, a)
+    STAGES, ONCE, AHEAD, BUFFERS = a.stages, a.barriers == 1, 3 - a.barriers, 3 - a.barriers
+    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = a.shared(d, tile)
     (tile_P,) = tile_P or [tile_dS]
     where, copy_QdO, copy_KV = warps.where(), warps.copy(Br, d), warps.copy(Bc, d)
     KQt = VdOt = warps.product_nt(MI, QUERIES, d)
@@ -158,7 +173,7 @@ def build(problem, tile, device, **turned):
     KEYS, QUERIES_OUT = Bc // a.warps, -(-Br // a.warps)  # that a warp stores
     store_dKV, store_dQ, (tile_dQ,) = warps.store(KEYS, d), warps.store(QUERIES_OUT, d), Shared16(sdQ=(Br, d))
     look, hide, weigh, slope = columns.look, columns.hide, columns.weigh, columns.slope
-    score, all_arrived = Rows(problem, MI, QUERIES).score, wait_group(0)
+    score, all_arrived, first_arrived = Rows(problem, MI, QUERIES).score, wait_group(0), wait_group(AHEAD - 1)
     BANDED = problem.mask.banded
 
     tile_L = shared_tile("sL", shared.bytes // 4, 1, STAGES * Br, 1)
@@ -173,10 +188,19 @@ def build(problem, tile, device, **turned):
         return int32(warp // SIDE * ROWS), x, int32(x * COLUMNS), q0, cq
 
     @device_function
-    def copy_LD(sL, sD, r0, L, D, i0, thread):
+    def load(sQ, sdO, sL, sD, slot, Q, dO, L, D, i, N_q, thread):
+        """Row block i of Q, dO, L and D is on its way to a slot, a group of copies (line 9)."""
+        copy_QdO(sQ, slot, Q, i * Br, N_q, thread)
+        copy_QdO(sdO, slot, dO, i * Br, N_q, thread)
         if thread < Br // 4:
-            copy_four(sL, r0 + 4 * thread, L, i0 + 4 * thread)
-            copy_four(sD, r0 + 4 * thread, D, i0 + 4 * thread)
+            copy_four(sL, slot + 4 * thread, L, i * Br + 4 * thread)
+            copy_four(sD, slot + 4 * thread, D, i * Br + 4 * thread)
+
+    @device_function
+    def after(slot, steps):
+        """The slot of a step that comes so many later."""
+        slot += steps * Br
+        return int32(slot if slot < STAGES * Br else slot - STAGES * Br)
 
     def kernel(SCORED):
         @cuda.jit
@@ -220,30 +244,30 @@ def build(problem, tile, device, **turned):
             copy_KV(sK, 0, K[b, :, h_kv], j0, N_k, thread)  # line 7
             copy_KV(sV, 0, V[b, :, h_kv], j0, N_k, thread)
             commit_group()
-            slot = int32(0)
+            slot, buffer = int32(0), int32(0)  # of sQ, sdO, sL and sD, and of sdS and sP: first rows of this step's
             for g in range(group):
                 h = int32(h_kv * group + g)
                 bh = int32(b * Q.shape[2] + h)
                 Qh, dOh, Lh, Dh, dQh = Q[b, :, h], dO[b, :, h], L[bh], D[bh], dQ_acc[bh]
-                if first < end:
-                    copy_QdO(sQ, slot, Qh, first * Br, N_q, thread)
-                    copy_QdO(sdO, slot, dOh, first * Br, N_q, thread)
-                    copy_LD(sL, sD, slot, Lh, Dh, first * Br, thread)
-                commit_group()
-                for i in range(first, end):  # line 8
-                    all_arrived()
-                    cuda.syncthreads()  # this step's Q and dO are here; those and dS of the step before have been read
-                    i0 = int32(i * Br)
-                    w0, x, c0, q0, cq = share(here(warp))
-                    if i + 1 < end:
-                        copy_QdO(sQ, Br - slot, Qh, i0 + Br, N_q, thread)  # line 9
-                        copy_QdO(sdO, Br - slot, dOh, i0 + Br, N_q, thread)
-                        copy_LD(sL, sD, Br - slot, Lh, Dh, i0 + Br, thread)
+                for p in range(AHEAD):
+                    if first + p < end:
+                        load(sQ, sdO, sL, sD, after(slot, p), Qh, dOh, Lh, Dh, int32(first + p), N_q, thread)
                     commit_group()
+                if ONCE:
+                    first_arrived()
+                    cuda.syncthreads()
+                for i in range(first, end):  # line 8
+                    w0, x, c0, q0, cq = share(here(warp))
+                    if not ONCE:
+                        all_arrived()
+                        cuda.syncthreads()  # this step's Q and dO are here; those and dS of the step before have been read
+                        if i + 1 < end:
+                            load(sQ, sdO, sL, sD, after(slot, 1), Qh, dOh, Lh, Dh, int32(i + 1), N_q, thread)
+                        commit_group()
 
                     for part in range(PARTS):
                         r0 = int32((part * SIDE + x) * QUERIES)  # the warp's queries in the tile
-                        seen = look(int32(j0 + w0), int32(i0 + r0), N_q, N_k, lo, hi)
+                        seen = look(int32(j0 + w0), int32(i * Br + r0), N_q, N_k, lo, hi)
                         if seen != NONE:
                             # Sᵀ = K Qᵀ,  dPᵀ = V dOᵀ    lines 10, 13
                             clear_S(rS)
@@ -253,8 +277,8 @@ def build(problem, tile, device, **turned):
                             if SCORED:
                                 score(rS, scale, softcap)
                             if seen != ALL:
-                                hide(rS, NEG_INF, j0 + w0, i0 + r0, N_k, lo, hi, lane)
-                                hide(rdP, ZERO, j0 + w0, i0 + r0, N_k, lo, hi, lane)
+                                hide(rS, NEG_INF, j0 + w0, i * Br + r0, N_k, lo, hi, lane)
+                                hide(rdP, ZERO, j0 + w0, i * Br + r0, N_k, lo, hi, lane)
 
                             # P = exp(S - LSE),  dV += Pᵀ dO,  dS = P ∘ (dP - D),  dK += dSᵀ Q    lines 11, 12, 14, 16
                             weigh(rP, rS, sL, slot + r0, lane, unit, softcap)
@@ -267,27 +291,33 @@ def build(problem, tile, device, **turned):
                                     for e in range(4):
                                         rP[mi, n, e] = rdS[mi, n, e] = uint32(0)
                         if SIDE > 1:
-                            put_S(sP, (w0, r0), rP)
-                        put_S(sdS, (w0, r0), rdS)
-                    cuda.syncthreads()
+                            put_S(sP, (buffer + w0, r0), rP)
+                        put_S(sdS, (buffer + w0, r0), rdS)
+                    if ONCE:
+                        all_arrived()
+                    cuda.syncthreads()  # this step's dS is here, and the next one's Q and dO; the last has been computed
+                    if ONCE:
+                        if i + 2 < end:
+                            load(sQ, sdO, sL, sD, after(slot, 2), Qh, dOh, Lh, Dh, int32(i + 2), N_q, thread)
+                        commit_group()
 
                     # dV and dK of what the warps beside have computed
                     for part in range(PARTS):
                         for beside in range(1, SIDE):
                             r0 = int32((part * SIDE + (x + beside) % SIDE) * QUERIES)
-                            others(rdV, sP, (w0, r0), sdO, (slot + r0, c0))
-                            others(rdK, sdS, (w0, r0), sQ, (slot + r0, c0))
+                            others(rdV, sP, (buffer + w0, r0), sdO, (slot + r0, c0))
+                            others(rdK, sdS, (buffer + w0, r0), sQ, (slot + r0, c0))
 
                     # dQ += dS K, line 15
                     clear_dQ(rdQ)
-                    dSK(rdQ, sdS, (0, q0), sK, (0, cq))
-                    to = int32(i0 * d + warp * (ROWS_dQ * COLUMNS_dQ) + 4 * lane)
+                    dSK(rdQ, sdS, (buffer, q0), sK, (0, cq))
+                    to = int32(i * (Br * d) + warp * (ROWS_dQ * COLUMNS_dQ) + 4 * lane)
                     for mi in range(MQ):
                         for n in range(NQ):
                             add_four(dQh, to + 128 * (mi * NQ + n), (
                                 rdQ[mi, n, 0], rdQ[mi, n, 1], rdQ[mi, n, 2], rdQ[mi, n, 3]
                             ))  # fmt: skip
-                    slot = int32(Br - slot)
+                    slot, buffer = after(slot, 1), int32(BUFFERS * Bc - Bc - buffer)
 
             all_arrived()
             cuda.syncthreads()  # sK and sV have been read: dK and dV leave through them
@@ -299,7 +329,7 @@ def build(problem, tile, device, **turned):
             store_dKV(dK[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sK, r0, lane)  # line 18
             store_dKV(dV[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sV, r0, lane)
 
-        return Launch(bwd_v2_mma, warps.threads, shared_bytes(problem, tile, a), blocks=a.blocks)
+        return Launch(bwd_v2_mma, warps.threads, a.bytes(d, tile), blocks=a.blocks)
 
     @cuda.jit
     def to_dtype(dQ_acc, dQ, scale):
