@@ -11,7 +11,7 @@ from numba import int32
 
 from ..problem import Problem
 from .mma import MMA
-from .ptx import fma, read_two
+from .ptx import fma, read_two, unpack_bf16, unpack_fp16
 from .rows import ALL, NONE, SOME
 from .scalar import ONE, ZERO, device_function, divide, exp2
 
@@ -22,6 +22,7 @@ class Columns:
     def __init__(self, problem: Problem, MI: int, N: int):
         BANDED, SOFTCAP, NI = problem.mask.banded, problem.softcap > 0, N // 8
         KEYS = 16 * MI
+        unpack = unpack_fp16 if problem.dtype == "fp16" else unpack_bf16
         _, pack = MMA[problem.dtype]
 
         @device_function
@@ -54,8 +55,8 @@ class Columns:
                                 rX[mi, n, 2 * h + e] = x
 
         @device_function
-        def weigh(rP, rS, sL, r, lane, unit, softcap):
-            """The words rP of P = 2^(unit·S - L); S becomes P times the slope of the softcap."""
+        def weigh(rP, rW, rS, sL, r, lane, unit, softcap):
+            """P = 2^(unit·S - L) and W, P times the slope of the softcap (P where there is none), in words."""
             for n in range(NI):
                 L0, L1 = read_two(sL, r + 8 * n + 2 * (lane % 4))
                 for mi in range(MI):
@@ -67,18 +68,17 @@ class Columns:
                             t0, t1 = divide(s0, softcap), divide(s1, softcap)
                             p0 = p0 * (ONE - t0 * t0) if p0 != ZERO else ZERO
                             p1 = p1 * (ONE - t1 * t1) if p1 != ZERO else ZERO
-                        rS[mi, n, 2 * h], rS[mi, n, 2 * h + 1] = p0, p1
+                        rW[mi, n // 2, 2 * (n % 2) + h] = pack(p0, p1)
 
         @device_function
-        def slope(rdS, rS, rdP, sD, r, lane):
-            """The words rdS of dS = P ∘ (dP - D); S is what `weigh` left."""
+        def slope(rdS, rW, rdP, sD, r, lane):
+            """dS = W ∘ (dP - D), in words."""
             for n in range(NI):
                 D0, D1 = read_two(sD, r + 8 * n + 2 * (lane % 4))
                 for mi in range(MI):
                     for h in range(2):
-                        rdS[mi, n // 2, 2 * (n % 2) + h] = pack(
-                            rS[mi, n, 2 * h] * (rdP[mi, n, 2 * h] - D0),
-                            rS[mi, n, 2 * h + 1] * (rdP[mi, n, 2 * h + 1] - D1),
-                        )
+                        w0, w1 = unpack(rW[mi, n // 2, 2 * (n % 2) + h])
+                        x0, x1 = rdP[mi, n, 2 * h] - D0, rdP[mi, n, 2 * h + 1] - D1
+                        rdS[mi, n // 2, 2 * (n % 2) + h] = pack(w0 * x0, w1 * x1)
 
         self.look, self.hide, self.weigh, self.slope = look, hide, weigh, slope

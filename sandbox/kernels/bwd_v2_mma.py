@@ -89,11 +89,10 @@ class Layout:
         """Of shared memory, with L and D of each query in float32."""
         return self.shared(d, tile).bytes + 2 * 4 * self.stages * tile.Br
 
-    @property
-    def registers(self) -> int:
-        """That a thread needs for dK, dV and either Sᵀ and dPᵀ or dQ."""
+    def registers(self, softcap: bool) -> int:
+        """That a thread needs for dK, dV and either Sᵀ and dPᵀ (softcapped: half as much again) or dQ."""
         dKV, S, dQ = self.rows * self.columns, self.rows * self.queries, self.rows_dQ * self.columns_dQ
-        return (2 * dKV + max(2 * S, dQ)) // 32
+        return (2 * dKV + max((3 if softcap else 2) * S, dQ)) // 32
 
 
 def layouts(d: int, tile: Tile, s: Switches):
@@ -113,7 +112,10 @@ def layouts(d: int, tile: Tile, s: Switches):
 
 def chosen(problem, tile, device, **turned) -> Layout | None:
     """The layout that is used: the first that fits in registers and, of its kind, in shared memory."""
-    found = [a for a in layouts(problem.d, tile, Switches(**turned)) if a.registers <= REGISTERS and a.warps <= 8]
+    found = [
+        a for a in layouts(problem.d, tile, Switches(**turned))
+        if a.registers(problem.softcap > 0) <= REGISTERS and a.warps <= 8
+    ]  # fmt: skip
     return next((a for a in found[:2] if a.bytes(problem.d, tile) <= room(device, a)), found[0] if found else None)
 
 
@@ -226,9 +228,10 @@ def build(problem, tile, device, **turned):
             floats = cuda.shared.array(0, float32, 128)  # the same memory
             sL = tile_L(floats)  # STAGES x [Br]
             sD = tile_D(floats)
-            rS = cuda.local.array((MI, NS, 4), float32)  # Sᵀ, then Pᵀ  [rows, queries]
+            rS = cuda.local.array((MI, NS, 4), float32)  # Sᵀ  [rows, queries]
             rdP = cuda.local.array((MI, NS, 4), float32)  # dPᵀ
             rP = cuda.local.array((MI, NW, 4), uint32)  # Pᵀ in words
+            rW = cuda.local.array((MI, NW, 4), uint32)  # Pᵀ times the slope of the softcap
             rdS = cuda.local.array((MI, NW, 4), uint32)  # dSᵀ
             rdK = cuda.local.array((MI, NK, 4), float32)  # [rows, columns]
             rdV = cuda.local.array((MI, NK, 4), float32)
@@ -269,20 +272,23 @@ def build(problem, tile, device, **turned):
                         r0 = int32((part * SIDE + x) * QUERIES)  # the warp's queries in the tile
                         seen = look(int32(j0 + w0), int32(i * Br + r0), N_q, N_k, lo, hi)
                         if seen != NONE:
-                            # Sᵀ = K Qᵀ,  dPᵀ = V dOᵀ    lines 10, 13
+                            # Sᵀ = K Qᵀ,  P = exp(S - LSE)    lines 10, 11
                             clear_S(rS)
                             KQt(rS, sK, w0, sQ, slot + r0)
-                            clear_S(rdP)
-                            VdOt(rdP, sV, w0, sdO, slot + r0)
                             if SCORED:
                                 score(rS, scale, softcap)
                             if seen != ALL:
                                 hide(rS, NEG_INF, j0 + w0, i * Br + r0, N_k, lo, hi, lane)
-                                hide(rdP, ZERO, j0 + w0, i * Br + r0, N_k, lo, hi, lane)
+                            weigh(rP, rW, rS, sL, slot + r0, lane, unit, softcap)
 
-                            # P = exp(S - LSE),  dV += Pᵀ dO,  dS = P ∘ (dP - D),  dK += dSᵀ Q    lines 11, 12, 14, 16
-                            weigh(rP, rS, sL, slot + r0, lane, unit, softcap)
-                            slope(rdS, rS, rdP, sD, slot + r0, lane)
+                            # dPᵀ = V dOᵀ,  dS = P ∘ (dP - D)    lines 13, 14
+                            clear_S(rdP)
+                            VdOt(rdP, sV, w0, sdO, slot + r0)
+                            if seen != ALL:
+                                hide(rdP, ZERO, j0 + w0, i * Br + r0, N_k, lo, hi, lane)
+                            slope(rdS, rW, rdP, sD, slot + r0, lane)
+
+                            # dV += Pᵀ dO,  dK += dSᵀ Q    lines 12, 16
                             own(rdV, rP, (0, 0), sdO, (slot + r0, c0))
                             own(rdK, rdS, (0, 0), sQ, (slot + r0, c0))
                         else:
