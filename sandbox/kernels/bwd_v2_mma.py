@@ -50,6 +50,7 @@ class Switches:
     queries  of a warp at a time: 16 or 32
     blocks   that are to share a multiprocessor, as far as registers go
     barriers a step: 1, where two of sP and sdS (and, where warps share keys, three of sQ and sdO) fit, or 2
+    stagger  under no band, key blocks begin at different row blocks: else many add to the same dQ at the same time
     """
 
     rows: int = 0
@@ -57,6 +58,7 @@ class Switches:
     queries: int = 0
     blocks: int = 0
     barriers: int = 0
+    stagger: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Layout:
     columns_dQ: int
     blocks: int
     barriers: int
+    stagger: bool
 
     @property
     def stages(self) -> int:
@@ -107,7 +110,7 @@ def layouts(d: int, tile: Tile, s: Switches):
         if tile.Br % rows_dQ or warps * rows_dQ % tile.Br or d % (16 * (across := warps * rows_dQ // tile.Br)):
             continue
         blocks = s.blocks or max(1, 8 // warps)
-        yield Layout(rows, side, queries, d // side, warps, rows_dQ, d // across, blocks, barriers)
+        yield Layout(rows, side, queries, d // side, warps, rows_dQ, d // across, blocks, barriers, s.stagger)
 
 
 def chosen(problem, tile, device, **turned) -> Layout | None:
@@ -176,7 +179,7 @@ def build(problem, tile, device, **turned):
     store_dKV, store_dQ, (tile_dQ,) = warps.store(KEYS, d), warps.store(QUERIES_OUT, d), Shared16(sdQ=(Br, d))
     look, hide, weigh, slope = columns.look, columns.hide, columns.weigh, columns.slope
     score, all_arrived, first_arrived = Rows(problem, MI, QUERIES).score, wait_group(0), wait_group(AHEAD - 1)
-    BANDED = problem.mask.banded
+    BANDED, STAGGERED = problem.mask.banded, a.stagger and not problem.mask.banded
 
     tile_L = shared_tile("sL", shared.bytes // 4, 1, STAGES * Br, 1)
     tile_D = shared_tile("sD", shared.bytes // 4 + STAGES * Br, 1, STAGES * Br, 1)
@@ -203,6 +206,12 @@ def build(problem, tile, device, **turned):
         """The slot of a step that comes so many later."""
         slot += steps * Br
         return int32(slot if slot < STAGES * Br else slot - STAGES * Br)
+
+    @device_function
+    def step(start, p, end):
+        """The row block of step p; staggered, after the last comes the first, 0."""
+        i = int32(start + p)
+        return int32(i - end) if STAGGERED and i >= end else i
 
     def kernel(SCORED):
         @cuda.jit
@@ -243,6 +252,9 @@ def build(problem, tile, device, **turned):
             if BANDED:
                 first, end = max(0, j0 - hi), min(N_q, min(j0 + Bc, N_k) - lo)
             first, end = int32(first // Br), int32((end + Br - 1) // Br)
+            steps, start = int32(max(0, end - first)), first
+            if STAGGERED and steps > 0:
+                _, start = quotient(int32(j0 // Br), steps)
 
             copy_KV(sK, 0, K[b, :, h_kv], j0, N_k, thread)  # line 7
             copy_KV(sV, 0, V[b, :, h_kv], j0, N_k, thread)
@@ -253,19 +265,20 @@ def build(problem, tile, device, **turned):
                 bh = int32(b * Q.shape[2] + h)
                 Qh, dOh, Lh, Dh, dQh = Q[b, :, h], dO[b, :, h], L[bh], D[bh], dQ_acc[bh]
                 for p in range(AHEAD):
-                    if first + p < end:
-                        load(sQ, sdO, sL, sD, after(slot, p), Qh, dOh, Lh, Dh, int32(first + p), N_q, thread)
+                    if p < steps:
+                        load(sQ, sdO, sL, sD, after(slot, p), Qh, dOh, Lh, Dh, step(start, p, end), N_q, thread)
                     commit_group()
                 if ONCE:
                     first_arrived()
                     cuda.syncthreads()
-                for i in range(first, end):  # line 8
+                for p in range(steps):  # line 8
+                    i = step(start, p, end)
                     w0, x, c0, q0, cq = share(here(warp))
                     if not ONCE:
                         all_arrived()
                         cuda.syncthreads()  # this step's Q and dO are here; those and dS of the step before have been read
-                        if i + 1 < end:
-                            load(sQ, sdO, sL, sD, after(slot, 1), Qh, dOh, Lh, Dh, int32(i + 1), N_q, thread)
+                        if p + 1 < steps:
+                            load(sQ, sdO, sL, sD, after(slot, 1), Qh, dOh, Lh, Dh, step(start, p + 1, end), N_q, thread)
                         commit_group()
 
                     for part in range(PARTS):
@@ -303,8 +316,8 @@ def build(problem, tile, device, **turned):
                         all_arrived()
                     cuda.syncthreads()  # this step's dS is here, and the next one's Q and dO; the last has been computed
                     if ONCE:
-                        if i + 2 < end:
-                            load(sQ, sdO, sL, sD, after(slot, 2), Qh, dOh, Lh, Dh, int32(i + 2), N_q, thread)
+                        if p + 2 < steps:
+                            load(sQ, sdO, sL, sD, after(slot, 2), Qh, dOh, Lh, Dh, step(start, p + 2, end), N_q, thread)
                         commit_group()
 
                     # dV and dK of what the warps beside have computed
