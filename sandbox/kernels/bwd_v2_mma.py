@@ -195,6 +195,7 @@ def build(problem, tile, device, **turned):
     @device_function
     def load(sQ, sdO, sL, sD, slot, Q, dO, L, D, i, N_q, thread):
         """Row block i of Q, dO, L and D is on its way to a slot, a group of copies (line 9)."""
+        thread = here(thread)
         copy_QdO(sQ, slot, Q, i * Br, N_q, thread)
         copy_QdO(sdO, slot, dO, i * Br, N_q, thread)
         if thread < Br // 4:
