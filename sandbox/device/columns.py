@@ -1,8 +1,8 @@
 """Columns: the mask, P and dS on a warp's transposed scores in registers.  [FA2, Algorithm 2, lines 11 and 14]
 
 rS [MI, N / 8, 4] is Sᵀ as mma.py lays it out, of 16·MI keys by N queries: a lane holds keys g and g + 8 of each 16, and
-queries 2t and 2t + 1 of each 8.  Each query brings two numbers, L = LSE · log2 e and D = rowsum(dO ∘ O), elements r … of
-sL and sD.  L is +inf where a row sees nothing or is past the end: then P = 2^(unit·S - L) = 0.
+queries 2t and 2t + 1 of each 8.  Each query brings two numbers, L = LSE · log2 e and D = rowsum(dO ∘ O), elements r to
+r + N - 1 of sL and sD.  L is +inf where a row sees nothing or is past the end: then P = 2^(unit·S - L) = 0.
 """
 
 from __future__ import annotations

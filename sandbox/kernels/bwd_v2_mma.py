@@ -1,162 +1,41 @@
 """FlashAttention-2, backward, on the tensor cores, in Python.  [FA2, 2307.08691, Algorithm 2; §3.2]
 
-A block of warps owns Bc keys and walks along the query blocks.  Scores are formed transposed, Sᵀ = K Qᵀ, each warp's own
+A block of warps owns Bc keys and walks along the query blocks.  Scores are formed transposed, Sᵀ = K Qᵀ, each warp's
 32 keys by some queries: Pᵀ and dSᵀ, accumulators as they come, are then the left operands of dV += Pᵀ dO and
 dK += dSᵀ Q without leaving registers.  Where dK and dV of 32 keys are too many registers for one warp (d > 64), `side`
 warps share the keys: each owns some columns of dK and dV and some queries of Sᵀ, and gets the others' Pᵀ and dSᵀ from
 shared memory.  dQ = dS K, to which all keys contribute, is summed in float32 by atomic adds of 16 bytes: in memory it
-lies as the accumulators do, and a kernel of its own puts it in order.
+lies as the accumulators do, and a kernel of its own puts it in order.  dS is made of P as it was rounded for dV.
 
-What shared memory carries for each m16n8k16, in bytes; at 128 B a clock, 256 B take as long as the product:
+What the warps read of shared memory for each m16n8k16, in bytes, and with P and dS written, too; 128 B are a clock of
+shared memory, a product is about two of the tensor cores:
 
-    d    Br x Bc   warps  Sᵀ, dPᵀ   dV, dK   dQ    mean, with dS and P written   registers of a thread for tiles
-    64   64 x 128    4      256       128    256        218                      128 + 64
-    128  64 x 128    8      256       160    256        231                      128 + 64
-    256  64 x 64     8      384       176    192        276                      128 + 64
+    d    Br x Bc  warps   Sᵀ, dPᵀ   dV, dK    dQ    all   beside: P and dS in, registers of a thread for tiles
+    64   64 x 128   4       256      128     256    205     13    128 + 64
+    128  64 x 128   8       256      160     256    218     13    128 + 64
+    256  64 x 64    8       384      176     192    262     13    128 + 64
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import product
 
 from numba import cuda, float32, int16, int32, uint32
 
 from ..device import Launch, device_function, scratch
 from ..device.columns import Columns
 from ..device.launch import addressable
+from ..device.layout import TILES, check, chosen, largest
 from ..device.mma import Shared16, Warps
 from ..device.ptx import add_four, commit_group, copy_four, here, read_four, wait_group
 from ..device.rows import ALL, NONE, Rows
 from ..device.rowsum import rowsum
 from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, quotient
 from ..device.tiles import shared_tile
-from ..variant import Infeasible, Tile, Unsupported, Variant
+from ..variant import Variant
 
-TILES = (
-    *(Tile(Br, Bc) for Br in (16, 32) for Bc in (16, 32)),  # where a GPU is simulated, or nearly idle
-    *(Tile(Br, Bc) for Br in (32, 64, 128) for Bc in (64, 128, 256)),
-)
-REGISTERS = 192  # of a thread, for its tiles
-RESERVED = 1024  # bytes of shared memory that the system takes of each block
 L2_BYTES = 32 << 20  # of Q, dO and dQ that are worked on at a time
-
-
-@dataclass(frozen=True)
-class Switches:
-    """What can be turned, one by one; 0 leaves it to `chosen`.
-
-    rows     keys of a warp: 16 or 32
-    side     warps that share them
-    queries  of a warp at a time: 16 or 32
-    blocks   that are to share a multiprocessor, as far as registers go
-    barriers a step: 1, where two of sP and sdS (and, where warps share keys, three of sQ and sdO) fit, or 2
-    stagger  under no band, key blocks begin at different row blocks: else many add to the same dQ at the same time
-    """
-
-    rows: int = 0
-    side: int = 0
-    queries: int = 0
-    blocks: int = 0
-    barriers: int = 0
-    stagger: bool = True
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Who owns what: of `warps`, `side` share `rows` keys.  A warp has Sᵀ [rows, queries] at a time, `columns` of dK and
-    dV [rows, columns], and dQ [rows_dQ, columns_dQ]."""
-
-    rows: int
-    side: int
-    queries: int
-    columns: int
-    warps: int
-    rows_dQ: int
-    columns_dQ: int
-    blocks: int
-    barriers: int
-    stagger: bool
-
-    @property
-    def stages(self) -> int:
-        """Tiles of Q and of dO that are on their way or in use."""
-        return 3 if self.barriers == 1 and self.side > 1 else 2
-
-    def shared(self, d: int, tile: Tile) -> Shared16:
-        scores = (tile.Bc * (3 - self.barriers), tile.Br)
-        P = dict(sP=scores) if self.side > 1 else {}
-        rows = (self.stages * tile.Br, d)
-        return Shared16(sK=(tile.Bc, d), sV=(tile.Bc, d), sQ=rows, sdO=rows, sdS=scores, **P)
-
-    def bytes(self, d: int, tile: Tile) -> int:
-        """Of shared memory, with L and D of each query in float32."""
-        return self.shared(d, tile).bytes + 2 * 4 * self.stages * tile.Br
-
-    def registers(self, softcap: bool) -> int:
-        """That a thread needs for dK, dV and either Sᵀ and dPᵀ (softcapped: half as much again) or dQ."""
-        dKV, S, dQ = self.rows * self.columns, self.rows * self.queries, self.rows_dQ * self.columns_dQ
-        return (2 * dKV + max((3 if softcap else 2) * S, dQ)) // 32
-
-
-def layouts(d: int, tile: Tile, s: Switches):
-    """Those that share a tile evenly.  The first reads least from shared memory."""
-    choices = product((32, 16), range(1, d // 16 + 1), (32, 16), (32, 16), (1, 2))
-    for rows, side, queries, rows_dQ, barriers in choices:
-        warps, now = tile.Bc // rows * side, (rows, side, queries, barriers)
-        if any(wanted not in (0, value) for wanted, value in zip((s.rows, s.side, s.queries, s.barriers), now)):
-            continue
-        if tile.Bc % rows or tile.Br % (side * queries) or d % (16 * side):
-            continue
-        if tile.Br % rows_dQ or warps * rows_dQ % tile.Br or d % (16 * (across := warps * rows_dQ // tile.Br)):
-            continue
-        blocks = s.blocks or max(1, 8 // warps)
-        yield Layout(rows, side, queries, d // side, warps, rows_dQ, d // across, blocks, barriers, s.stagger)
-
-
-def chosen(problem, tile, device, **turned) -> Layout | None:
-    """The layout that is used: the first that fits in registers and, of its kind, in shared memory."""
-    found = [
-        a for a in layouts(problem.d, tile, Switches(**turned))
-        if a.registers(problem.softcap > 0) <= REGISTERS and a.warps <= 8
-    ]  # fmt: skip
-    return next((a for a in found[:2] if a.bytes(problem.d, tile) <= room(device, a)), found[0] if found else None)
-
-
-def room(device, a) -> int:
-    """Bytes of shared memory that each of the blocks on a multiprocessor has."""
-    return (device.shared + RESERVED) // a.blocks - RESERVED
-
-
-def fit(problem, tile, device, **turned):
-    if problem.dtype == "fp32":
-        raise Unsupported("bwd_v2_mma takes fp16 and bf16, not fp32: bwd_v2 takes fp32")
-    if problem.mask.boolean:
-        raise Unsupported("bwd_v2_mma has no boolean masks: bwd_v2 has them")
-    if problem.d % 16:
-        raise Unsupported(f"bwd_v2_mma takes head_dim in multiples of 16, not {problem.d}: bwd_v2 takes any")
-    if device.capability[0] < 9:
-        major, minor = device.capability
-        raise Unsupported(f"bwd_v2_mma needs sm_90 (stmatrix), this is sm_{major}{minor}: bwd_v2 runs here")
-    if (a := chosen(problem, tile, device, **turned)) is None:
-        raise Infeasible(tile, f"cannot be shared by at most 8 warps with {REGISTERS} registers for tiles in each")
-    if (need := a.bytes(problem.d, tile)) > room(device, a):
-        raise Infeasible(
-            tile, f"needs {need:,} B of shared memory, each of {a.blocks} blocks has {room(device, a):,} B"
-        )
-
-
-def usual(problem, device) -> Tile:
-    """The largest that fits."""
-    sizes = [Tile(32, 16), Tile(16, 16)] if device.simulated else [Tile(64, 128), Tile(64, 64), Tile(32, 64)]
-    for tile in sizes:
-        try:
-            fit(problem, tile, device)
-            return tile
-        except Unsupported:
-            raise
-        except Infeasible as reason:
-            error = reason
-    raise Unsupported(f"bwd_v2_mma takes no head_dim {problem.d} ({error.reason}): bwd_v2 does")
+NAMES = "bwd_v2_mma", "bwd_v2"
+fit, usual = partial(check, *NAMES), partial(largest, *NAMES)
 
 
 def build(problem, tile, device, **turned):
@@ -186,8 +65,8 @@ def build(problem, tile, device, **turned):
 
     @device_function
     def share(warp):
-        """(w0, x, c0, q0, cq) of a warp: its keys begin at w0, it is the x-th of those that share them and has dK and dV
-        from column c0 on, and of dQ rows from q0 and columns from cq on."""
+        """(w0, x, c0, q0, cq) of a warp: its keys begin at w0, it is the x-th of those that share them, its columns of dK
+        and dV begin at c0, its rows of dQ at q0 and its columns at cq."""
         x = int32(warp % SIDE)
         q0, cq = int32(warp // ACROSS * ROWS_dQ), int32(warp % ACROSS * COLUMNS_dQ)
         return int32(warp // SIDE * ROWS), x, int32(x * COLUMNS), q0, cq
@@ -277,7 +156,7 @@ def build(problem, tile, device, **turned):
                     w0, x, c0, q0, cq = share(here(warp))
                     if not ONCE:
                         all_arrived()
-                        cuda.syncthreads()  # this step's Q and dO are here; those and dS of the step before have been read
+                        cuda.syncthreads()  # this step's Q and dO are here, and the step before is done
                         if p + 1 < steps:
                             load(sQ, sdO, sL, sD, after(slot, 1), Qh, dOh, Lh, Dh, step(start, p + 1, end), N_q, thread)
                         commit_group()
@@ -315,7 +194,7 @@ def build(problem, tile, device, **turned):
                         put_S(sdS, (buffer + w0, r0), rdS)
                     if ONCE:
                         all_arrived()
-                    cuda.syncthreads()  # this step's dS is here, and the next one's Q and dO; the last has been computed
+                    cuda.syncthreads()  # this step's dS is here, the step before is done
                     if ONCE:
                         if p + 2 < steps:
                             load(sQ, sdO, sL, sD, after(slot, 2), Qh, dOh, Lh, Dh, step(start, p + 2, end), N_q, thread)
