@@ -132,3 +132,23 @@ def largest(name: str, other: str, problem: Problem, device: Device) -> Tile:
         except Infeasible as found:
             reason = found.reason
     raise Unsupported(f"{name} takes no head_dim {problem.d} ({reason}): {other} does")
+
+
+@dataclass(frozen=True)
+class LayoutOfdQ:
+    """Where dQ has a kernel of its own: a block of `warps` owns `rows` rows of Q in each, and walks by so many keys."""
+
+    rows: int
+    warps: int
+    keys: int
+    blocks: int
+
+    def shared(self, d: int) -> Shared16:
+        rows, keys = (self.rows * self.warps, d), (2 * self.keys, d)
+        return Shared16(sQ=rows, sdO=rows, sK=keys, sV=keys)
+
+
+def chosen_dQ(problem: Problem, tile: Tile) -> LayoutOfdQ:
+    if tile.Br * tile.Bc <= 1024:  # where a GPU is simulated
+        return LayoutOfdQ(16, 1, 16, 1)
+    return LayoutOfdQ(32, 4, 32, 2) if problem.d <= 128 else LayoutOfdQ(16, 8, 32, 1)

@@ -24,7 +24,7 @@ from numba import cuda, float32, int16, int32, uint32
 from ..device import Launch, device_function, scratch
 from ..device.columns import Columns
 from ..device.launch import addressable
-from ..device.layout import TILES, check, chosen, largest
+from ..device.layout import TILES, Switches, check, chosen, largest  # noqa: F401  (Switches: for the catalog)
 from ..device.mma import Shared16, Warps
 from ..device.ptx import add_four, commit_group, copy_four, here, read_four, wait_group
 from ..device.rows import ALL, NONE, Rows
@@ -65,8 +65,8 @@ def build(problem, tile, device, **turned):
 
     @device_function
     def share(warp):
-        """(w0, x, c0, q0, cq) of a warp: its keys begin at w0, it is the x-th of those that share them, its columns of dK
-        and dV begin at c0, its rows of dQ at q0 and its columns at cq."""
+        """(w0, x, c0, q0, cq) of a warp: its keys begin at w0, it is the x-th of those that share them; its columns of
+        dK and dV begin at c0, its rows of dQ at q0 and its columns at cq."""
         x = int32(warp % SIDE)
         q0, cq = int32(warp // ACROSS * ROWS_dQ), int32(warp % ACROSS * COLUMNS_dQ)
         return int32(warp // SIDE * ROWS), x, int32(x * COLUMNS), q0, cq
