@@ -14,7 +14,7 @@ from ..device import Launch, device_function, scratch
 from ..device.columns import Columns
 from ..device.launch import addressable
 from ..device.layout import TILES, Switches, check, chosen, chosen_dQ, largest  # noqa: F401  (Switches: for the catalog)
-from ..device.mma import MMA, Shared16, Warps
+from ..device.mma import MMA, Warps
 from ..device.ptx import commit_group, copy_four, fma, here, wait_group
 from ..device.rows import ALL, NONE, Rows
 from ..device.rowsum import rowsum
@@ -194,7 +194,8 @@ def build(problem, tile, device, **turned):
 
     # dQ: a warp owns rows of Q, and walks along the keys
     q = chosen_dQ(problem, tile)
-    MQ, ROWS_Q, Br_Q, KEYS_Q, NT, NO = q.rows // 16, q.rows, q.rows * q.warps, q.keys, q.keys // 8, d // 8
+    MQ, ROWS_Q, Br_Q, KEYS_Q = q.rows // 16, q.rows, q.rows * q.warps, q.keys
+    NT, NU, NO = KEYS_Q // 8, KEYS_Q // 16, d // 8
     by_rows, rows = Warps(q.warps, problem.dtype), Rows(problem, MQ, q.keys)
     tile_Qq, tile_dOq, tile_Kq, tile_Vq = shared_dQ = q.shared(d)
     where_q, copy_rows, copy_keys = by_rows.where(), by_rows.copy(Br_Q, d), by_rows.copy(KEYS_Q, d)
@@ -233,7 +234,7 @@ def build(problem, tile, device, **turned):
             sV = tile_Vq(smem)
             rS = cuda.local.array((MQ, NT, 4), float32)  # S  [rows, keys]
             rdP = cuda.local.array((MQ, NT, 4), float32)
-            rdS = cuda.local.array((MQ, NT // 2, 4), uint32)
+            rdS = cuda.local.array((MQ, NU, 4), uint32)
             rdQ = cuda.local.array((MQ, NO, 4), float32)  # [rows, d]
             rL = cuda.local.array((MQ, 2), float32)
             rD = cuda.local.array((MQ, 2), float32)
@@ -276,12 +277,11 @@ def build(problem, tile, device, **turned):
                     for mi in range(MQ):
                         for n in range(NT):
                             for g in range(2):
+                                e, l, delta = 2 * g, rL[mi, g], rD[mi, g]
                                 rdS[mi, n // 2, 2 * (n % 2) + g] = pack(
-                                    slope_of(rS[mi, n, 2 * g], rL[mi, g], rdP[mi, n, 2 * g], rD[mi, g], unit, softcap),
-                                    slope_of(
-                                        rS[mi, n, 2 * g + 1], rL[mi, g], rdP[mi, n, 2 * g + 1], rD[mi, g], unit, softcap
-                                    ),
-                                )  # fmt: skip
+                                    slope_of(rS[mi, n, e], l, rdP[mi, n, e], delta, unit, softcap),
+                                    slope_of(rS[mi, n, e + 1], l, rdP[mi, n, e + 1], delta, unit, softcap),
+                                )
                     dSK(rdQ, rdS, 0, sK, slot)
                 slot = int32(KEYS_Q - slot)
 
