@@ -1,4 +1,7 @@
-"""bwd_v2_mma: the tough list on the simulator or a GPU; what it refuses; its switches; its binaries for sm_90a."""
+"""bwd_v2_mma: the tough list on the simulator or a GPU; what it refuses; its switches; its binaries for sm_90a.
+
+bwd_v2_mma_deterministic where it differs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 from sass import disassembled, nvdisasm
 
 from sandbox import catalog, target
-from sandbox.kernels import bwd_v2_mma
+from sandbox.kernels import bwd_v2_mma, bwd_v2_mma_deterministic
 from sandbox.mask import Mask
 from sandbox.measure import gate
 from sandbox.problem import Problem
@@ -111,6 +114,18 @@ def test_exact_with_a_switch_turned(switches, mask):
     check(problem, tile=Tile(32, 32), variant=bwd_v2_mma.turned(**switches))
 
 
+@pytest.mark.parametrize("problem, switches", [
+    (Problem(1, 2, 1, 40, 20, 32, "fp16", mask=Mask(True)), {}),
+    (Problem(1, 2, 2, 20, 40, 32, "bf16", mask=Mask(True, "top_left")), {}),
+    (Problem(1, 1, 1, 35, 35, 32, "fp16", mask=Mask(window=(9, 3))), dict(side=2)),
+    (Problem(1, 1, 1, 35, 18, 32, "fp16", -0.3, softcap=2.0), dict(barriers=2)),
+    (Problem(1, 1, 1, 0, 5, 16, "fp16"), {}), (Problem(1, 1, 1, 5, 0, 16, "fp16"), {}),
+    (Problem(1, 1, 1, 60, 3, 16, "fp16", mask=Mask(True)), {}),
+], ids=str)  # fmt: skip
+def test_deterministic(problem, switches):
+    check(problem, tile=Tile(32, 32), variant=bwd_v2_mma_deterministic.turned(**switches))
+
+
 # ---- what it takes --------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +185,7 @@ def compiler():
         yield pool
 
 
-def compiled(problem: Problem, folder) -> tuple:
+def compiled(variant: str, problem: Problem, folder) -> tuple:
     """(tile, layout, kernel -> (ptxas's report, the cubin))."""
     from sandbox.device.launch import compiling
 
@@ -178,7 +193,7 @@ def compiled(problem: Problem, folder) -> tuple:
     tile = bwd_v2_mma.usual(problem, HOPPER)
     q = torch.empty(1, problem.N_q, problem.H, problem.d, dtype=problem.torch_dtype, device="meta")
     with compiling() as done:
-        launch = VARIANT.launcher(problem, tile, HOPPER)
+        launch = catalog.find(variant).launcher(problem, tile, HOPPER)
         launch(problem, q, q, q, None, q, torch.empty(1, problem.H, problem.N_q, device="meta"), q, q, q, q)
     found = {kernel.name: (report, *(b.cubin for b in kernel._compiled.values())) for kernel, report in done}
     return tile, bwd_v2_mma.chosen(problem, tile, HOPPER), found
@@ -194,7 +209,7 @@ if LONG:
 def test_tensor_cores_and_no_spills(d, dtype, causal, compiler, tmp_path):
     """One HMMA for each 16 x 8 x 16 of a warp's part of the five products; dQ leaves 16 bytes at a time."""
     problem = Problem(1, 32, 32, 4096, 4096, d, dtype, mask=Mask(causal))
-    tile, a, found = compiler.submit(compiled, problem, tmp_path).result()
+    tile, a, found = compiler.submit(compiled, "bwd_v2_mma", problem, tmp_path).result()
     assert set(found) == {"rowsum", "bwd_v2_mma", "to_dtype"}
     for name, (report, _) in found.items():
         assert (report.stack, report.spills) == (0, 0) and report.registers <= 255, f"{name}: {report}"
@@ -207,3 +222,12 @@ def test_tensor_cores_and_no_spills(d, dtype, causal, compiler, tmp_path):
         assert text.count("REDG.E.ADD.F32x4") == a.rows_dQ // 16 * a.columns_dQ // 8
         assert all(name in text for name in ("LDGSTS.E.BYPASS.LTC128B.128", "MUFU.EX2", "STSM.16.M")), text[:99]
         assert "CALL" not in text and "LDL" not in text
+
+
+@pytest.mark.parametrize("d, dtype, causal", [(128, "bf16", True)] if not LONG else CASES)
+def test_deterministic_spills_nothing(d, dtype, causal, compiler, tmp_path):
+    problem = Problem(1, 32, 32, 4096, 4096, d, dtype, mask=Mask(causal))
+    _, _, found = compiler.submit(compiled, "bwd_v2_mma_deterministic", problem, tmp_path).result()
+    assert set(found) == {"rowsum", "dkdv", "dq"}
+    for name, (report, _) in found.items():
+        assert (report.stack, report.spills) == (0, 0) and report.registers <= 255, f"{name}: {report}"

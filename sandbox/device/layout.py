@@ -6,7 +6,7 @@ by `columns`, d / side; of dQ, to which all keys contribute, rows_dQ x columns_d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ..problem import Problem
@@ -91,12 +91,18 @@ def layouts(d: int, tile: Tile, s: Switches):
 
 
 def chosen(problem: Problem, tile: Tile, device: Device, **turned) -> Layout | None:
-    """The layout that is used: the first that fits in registers and, of its kind, in shared memory."""
+    """The layout that is used: the first whose tiles fit in registers, with as many blocks, and as few barriers, as
+    shared memory allows."""
     found = [
         a for a in layouts(problem.d, tile, Switches(**turned))
         if a.registers(problem.softcap > 0) <= REGISTERS and a.warps <= 8
     ]  # fmt: skip
-    return next((a for a in found[:2] if a.bytes(problem.d, tile) <= room(device, a)), found[0] if found else None)
+    if not found:
+        return None
+    alike = [a for a in found if replace(a, barriers=found[0].barriers) == found[0]]
+    most = [found[0].blocks] if "blocks" in turned else range(found[0].blocks, 0, -1)
+    fits = (replace(a, blocks=n) for n in most for a in alike)
+    return next((a for a in fits if a.bytes(problem.d, tile) <= room(device, a)), alike[-1])
 
 
 def room(device: Device, a: Layout) -> int:
@@ -123,7 +129,8 @@ def check(name: str, other: str, problem: Problem, tile: Tile, device: Device, *
 
 def largest(name: str, other: str, problem: Problem, device: Device) -> Tile:
     """The largest tile that fits.  Raises Unsupported."""
-    for tile in [Tile(32, 16), Tile(16, 16)] if device.simulated else [Tile(64, 128), Tile(64, 64), Tile(32, 64)]:
+    small = [Tile(32, 16), Tile(16, 16), Tile(64, 16)]
+    for tile in small if device.simulated else [Tile(64, 128), Tile(64, 64), Tile(32, 64)]:
         try:
             check(name, other, problem, tile, device)
             return tile
