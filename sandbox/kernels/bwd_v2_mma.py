@@ -153,7 +153,8 @@ def build(problem, tile, device, **turned):
                     cuda.syncthreads()
                 for p in range(steps):  # line 8
                     i = step(start, p, end)
-                    w0, x, c0, q0, cq = share(here(warp))
+                    if BANDED:  # else once more below: that is what ptxas needs in order to spill nothing
+                        w0, x, c0, q0, cq = share(here(warp))
                     if not ONCE:
                         all_arrived()
                         cuda.syncthreads()  # this step's Q and dO are here, and the step before is done
@@ -162,6 +163,8 @@ def build(problem, tile, device, **turned):
                         commit_group()
 
                     for part in range(PARTS):
+                        if not BANDED:
+                            w0, x, c0, q0, cq = share(here(warp))
                         r0 = int32((part * SIDE + x) * QUERIES)  # the warp's queries in the tile
                         seen = look(int32(j0 + w0), int32(i * Br + r0), N_q, N_k, lo, hi)
                         if seen != NONE:
@@ -201,6 +204,8 @@ def build(problem, tile, device, **turned):
                         commit_group()
 
                     # dV and dK of what the warps beside have computed
+                    if not BANDED:
+                        w0, x, c0, q0, cq = share(here(warp))
                     for part in range(PARTS):
                         for beside in range(1, SIDE):
                             r0 = int32((part * SIDE + (x + beside) % SIDE) * QUERIES)
