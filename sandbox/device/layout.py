@@ -129,7 +129,7 @@ def check(name: str, other: str, problem: Problem, tile: Tile, device: Device, *
 
 def largest(name: str, other: str, problem: Problem, device: Device) -> Tile:
     """The largest tile that fits.  Raises Unsupported."""
-    small = [Tile(32, 16), Tile(16, 16), Tile(64, 16)]
+    small = [Tile(32, 16), Tile(16, 16), Tile(64, 16), Tile(32, 32)]
     for tile in small if device.simulated else [Tile(64, 128), Tile(64, 64), Tile(32, 64)]:
         try:
             check(name, other, problem, tile, device)

@@ -134,6 +134,8 @@ def build(problem, tile, device, **turned):
                         commit_group()
 
                     for part in range(PARTS):
+                        if not BANDED:  # once more: that is what ptxas needs in order to spill nothing
+                            w0, x, c0 = share(here(warp))
                         r0 = int32((part * SIDE + x) * QUERIES)  # the warp's queries in the tile
                         seen = look(int32(j0 + w0), int32(i * Br + r0), N_q, N_k, lo, hi)
                         if seen != NONE:
