@@ -17,6 +17,7 @@ from sandbox import target  # first: it chooses GPU or simulator before numba is
 from sandbox.device import Launch, ptx
 from sandbox.device.mma import MMA, Shared16, Warps
 from sandbox.device.scalar import as_float, as_int
+from sandbox.device.tiles import shared_tile
 from sandbox.problem import DTYPES
 
 from numba import cuda, float32, int16, int32, uint32  # isort: skip
@@ -281,6 +282,69 @@ def test_a_wait_leaves_the_newest_groups_under_way(newest, read):
             groups(newest, read)(1, X, Y)
 
 
+# ---- 16 bytes at a time ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_chunk_is_read_and_unpacked(dtype):
+    read, unpack = ptx.read_chunk, {"fp16": ptx.unpack_fp16, "bf16": ptx.unpack_bf16}[dtype]
+
+    @cuda.jit
+    def kernel(X, Y):
+        lane = cuda.threadIdx.x
+        w0, w1, w2, w3 = read(X, lane, 8)
+        Y[lane, 0], Y[lane, 1] = unpack(w0)
+        Y[lane, 2], Y[lane, 3] = unpack(w1)
+        Y[lane, 4], Y[lane, 5] = unpack(w2)
+        Y[lane, 6], Y[lane, 7] = unpack(w3)
+
+    edges = torch.tensor([0.0, -0.0, 1.0, -2.5, torch.inf, -torch.inf, 2.0**-24, 6e4])
+    X = torch.randn(32, 24, generator=torch.Generator().manual_seed(2)).to(DTYPES[dtype])
+    X[3, 8:16] = edges.to(X.dtype)
+    Y = on_device(torch.full((32, 8), torch.nan))
+    Launch(kernel, 32)(1, on_device(X), Y)
+    assert torch.equal(Y.cpu(), X[:, 8:16].float())
+
+
+def test_four_are_copied_read_and_added():
+    """Two blocks add to the same four; what was copied to shared memory is read by two."""
+    copy_four, read_two, read_four, add_four = ptx.copy_four, ptx.read_two, ptx.read_four, ptx.add_four
+    line, commit, arrived = shared_tile("sx", 0, 1, 128, 1), *COPIES
+
+    @cuda.jit
+    def kernel(X, Y, Z):
+        lane = cuda.threadIdx.x
+        sx = line(cuda.shared.array(0, float32, 128))
+        copy_four(sx, 4 * lane, X[1], 4 * lane)
+        commit()
+        arrived()
+        cuda.syncthreads()
+        block = cuda.blockIdx.x
+        Y[block, lane, 0], Y[block, lane, 1] = read_two(sx, 126 - 2 * lane)
+        add_four(Z, 4 * lane, read_four(X[0], 124 - 4 * lane))
+
+    X = torch.randn(2, 128, generator=torch.Generator().manual_seed(3))
+    Y, Z = on_device(torch.full((2, 32, 2), torch.nan)), on_device(torch.zeros(128))
+    Launch(kernel, 32, 512)(2, on_device(X), Y, Z)
+    assert torch.equal(Y.cpu(), X[1].view(64, 2).flip(0)[:32].expand(2, 32, 2))
+    assert torch.equal(Z.cpu(), 2 * X[0].view(32, 4).flip(0).flatten())
+
+
+@simulated
+def test_four_that_16_bytes_cannot_address():
+    from sandbox.device.simulator import SimulatorError
+
+    read = ptx.read_four
+
+    @cuda.jit
+    def kernel(X, n):
+        read(X, n)
+
+    for X, n in ((torch.zeros(16)[::2], 0), (torch.zeros(16), 2), (torch.zeros(17)[1:], 0)):
+        with pytest.raises(SimulatorError, match="multiple of 16"):
+            Launch(kernel, 1)(1, X, n)
+
+
 # ---- products -------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +388,63 @@ def product(kind: str, dtype: str, M: int, N: int, K: int):
         store(C, 0, M, sC, 0, lane)
 
     return Launch(kernel, 32, shared.bytes), shape_A, shape_B
+
+
+def product_of_blocks(kind: str, M: int, N: int, K: int):
+    """kernel(A, B, C): C [M, 16 + N] = (0, 2·a·b), by product_at and put_at: a is a block of A [M, K], of Aᵀ or of A's
+    words, b one of B [K, N] or of Bᵀ, each 16 rows down and 32 columns in (but the words)."""
+    warps, MI, NI, KI = Warps(1, "fp16"), M // 16, N // 8, K // 16
+    rows_A, columns_A = (K, M) if kind[0] == "t" else (M, K)
+    rows_B, columns_B = (N, K) if kind[1] == "t" else (K, N)
+    tile_A, tile_B, tile_C = shared = Shared16(
+        sA=(rows_A + 16, columns_A + 32), sB=(rows_B + 16, columns_B + 32), sC=(M + 16, N + 16)
+    )
+    copy_A, copy_B = warps.copy(rows_A + 16, columns_A + 32), warps.copy(rows_B + 16, columns_B + 32)
+    store, where, commit, arrived = warps.store(M, N + 16), warps.where(), *COPIES
+    clear, put, put_words, load = warps.fill(MI, N), warps.put_at(MI, N), warps.put_words(MI, 16), warps.load(MI, K)
+    multiply, TWO, IN_REGISTERS = warps.product_at(kind, MI, N, K), float32(2), kind[0] == "r"
+
+    @cuda.jit
+    def kernel(A, B, C):
+        _, thread, _, lane = where()
+        smem = cuda.shared.array(0, int16, 128)
+        sA, sB, sC = tile_A(smem), tile_B(smem), tile_C(smem)
+        copy_A(sA, 0, A, 0, A.shape[0], thread)
+        copy_B(sB, 0, B, 0, B.shape[0], thread)
+        commit()
+        arrived()
+        cuda.syncthreads()
+        rA = cuda.local.array((MI, KI, 4), uint32)
+        rZ = cuda.local.array((MI, 1, 4), uint32)
+        rC = cuda.local.array((MI, NI, 4), float32)
+        clear(rC)
+        if IN_REGISTERS:
+            load(rA, sA, 0)
+            multiply(rC, rA, (0, 0), sB, (16, 32))
+        else:
+            multiply(rC, sA, (16, 32), sB, (16, 32))
+        for mi in range(MI):
+            for e in range(4):
+                rZ[mi, 0, e] = uint32(0)
+        put_words(sC, (16, 0), rZ)
+        put(sC, (16, 16), rC, TWO)
+        cuda.syncwarp()
+        store(C, 0, M, sC, 16, lane)
+
+    return Launch(kernel, 32, shared.bytes), (rows_A + 16, columns_A + 32), (rows_B + 16, columns_B + 32)
+
+
+@pytest.mark.parametrize("M, N, K", [(16, 32, 16), (32, 48, 32)])
+@pytest.mark.parametrize("kind", ["nt", "nn", "tn", "tt", "rt", "rn"])
+def test_product_of_blocks(kind, M, N, K):
+    launch, shape_A, shape_B = product_of_blocks(kind, M, N, K)
+    random = torch.Generator().manual_seed(M + N + K)
+    A, B = (torch.randint(-4, 5, shape, generator=random).to(torch.float16) for shape in (shape_A, shape_B))
+    C = on_device(torch.full((M, N + 16), torch.nan, dtype=torch.float16))
+    launch(1, on_device(A), on_device(B), C)
+    a, b = A[:M, :K] if kind[0] == "r" else A[16:, 32:], B[16:, 32:]
+    expected = (a.float().T if kind[0] == "t" else a.float()) @ (b.float().T if kind[1] == "t" else b.float())
+    assert torch.equal(C.cpu().float(), torch.cat((torch.zeros(M, 16), 2 * expected), 1))
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -146,6 +146,13 @@ class Warps:
 
         return self._product_at(MI, N, K, words, _columns_of_B)
 
+    def product_at(self, kind: str, MI: int, N: int, K: int):
+        """product(rC, A, a, sB, b), as product_`kind` but of blocks at places a, b: (row, column) in sA, (0, column) in
+        rA, and (row, column) in sB."""
+        block_of_A = {"n": _rows_of_A_at, "t": _columns_of_A_at, "r": _words_of_A_at}[kind[0]]
+        block_of_B = {"n": _columns_of_B_at, "t": _rows_of_B_at}[kind[1]]
+        return self._product(MI, N, K, block_of_A, block_of_B)
+
     def _product(self, MI, N, K, block_of_A, block_of_B):
         product_at = self._product_at(MI, N, K, block_of_A, block_of_B)
 
@@ -211,6 +218,34 @@ class Warps:
                         rC[mi, n, e] = ZERO
 
         return fill
+
+    def put_words_at(self, MI: int, N: int):
+        """put(sC, a, rC): the block of sC at the place a, (row, column), = the words rC [MI, N / 16, 4]."""
+
+        @device_function
+        def put(sC, a, rC):
+            for mi in range(MI):
+                for n in range(N // 16):
+                    words = rC[mi, n, 0], rC[mi, n, 1], rC[mi, n, 2], rC[mi, n, 3]
+                    stmatrix(sC, a[0] + 16 * mi, a[1] + 16 * n, words)
+
+        return put
+
+    def put_at(self, MI: int, N: int):
+        """put(sC, a, rC, x): the block of sC at the place a, (row, column), = x·rC [rows, N], rounded."""
+        _, pack = MMA[self.dtype]
+
+        @device_function
+        def put(sC, a, rC, x):
+            for mi in range(MI):
+                for n in range(0, N // 8, 2):
+                    stmatrix(sC, a[0] + 16 * mi, a[1] + 8 * n, (
+                        pack(x * rC[mi, n, 0], x * rC[mi, n, 1]), pack(x * rC[mi, n, 2], x * rC[mi, n, 3]),
+                        pack(x * rC[mi, n + 1, 0], x * rC[mi, n + 1, 1]),
+                        pack(x * rC[mi, n + 1, 2], x * rC[mi, n + 1, 3]),
+                    ))  # fmt: skip
+
+        return put
 
     def put(self, MI: int, N: int):
         """put(sC, a, rC): sC[a : a + rows, :N] = rC, rounded."""
@@ -307,3 +342,28 @@ def _rows_of_B(sB, b, n, k):
 @device_function
 def _columns_of_B(sB, b, n, k):
     return ldmatrix_trans(sB, b + k, n)
+
+
+@device_function
+def _rows_of_A_at(sA, a, mi, k):
+    return ldmatrix(sA, a[0] + 16 * mi, a[1] + k)
+
+
+@device_function
+def _columns_of_A_at(sA, a, mi, k):
+    return ldmatrix_trans_right(sA, a[0] + k, a[1] + 16 * mi)
+
+
+@device_function
+def _words_of_A_at(rA, a, mi, k):
+    return _words_of_A(rA, a[1], mi, k)
+
+
+@device_function
+def _rows_of_B_at(sB, b, n, k):
+    return ldmatrix_right(sB, b[0] + n, b[1] + k)
+
+
+@device_function
+def _columns_of_B_at(sB, b, n, k):
+    return ldmatrix_trans(sB, b[0] + k, b[1] + n)

@@ -33,6 +33,12 @@ named_barrier(threads)(name)          syncthreads for so many threads, whole war
 named_any(threads)(name, x)           the same, and whether x is true for any of them (simulated: for any of the block)
 fma(x, y, z)                          x·y + z, rounded once
 uniform(n)                            n, an int32 that a warp's lanes have in common: so that the compiler knows it, too
+read_chunk(X, n, column)              X[n, column : +8], four words
+read_four(x, n), add_four(x, n, y)    x[n : +4], four float32; x[n : +4] += y, whoever else adds to it; 16 bytes at
+                                      once, of a contiguous x in global memory
+copy_four(x, r, y, n), read_two(x, r)  x[r : +4] = y[n : +4], asynchronous; x[r : +2]; x in shared memory
+unpack_fp16(word), unpack_bf16        (low, high), two float32
+here(x)                               x, an int32; what follows from it is computed here, not before the loop and kept
 """
 
 from .scalar import SIMULATED
@@ -51,3 +57,7 @@ copy_chunk, store_chunk = instructions.copy_chunk, instructions.store_chunk
 commit_group, wait_group = instructions.commit_group, instructions.wait_group
 named_barrier, named_any = instructions.named_barrier, instructions.named_any
 fma, uniform = instructions.fma, instructions.uniform
+read_chunk, read_four, add_four = instructions.read_chunk, instructions.read_four, instructions.add_four
+copy_four, read_two = instructions.copy_four, instructions.read_two
+unpack_fp16, unpack_bf16 = instructions.unpack_fp16, instructions.unpack_bf16
+here = instructions.here

@@ -105,6 +105,13 @@ def _global(context, builder, sig, args, at, column):
     return builder.gep(start, [builder.zext(builder.shl(column, _int(1)), I64)])
 
 
+def _adjacent(context, builder, sig, args, at, space):
+    """Address of x[n] in an address space, of float32 that lie side by side; x and n are arguments at, at + 1."""
+    array = arrayobj.make_array(sig.args[at])(context, builder, args[at])
+    data = builder.addrspacecast(array.data, ir.PointerType(F32, space))
+    return builder.gep(data, [context.cast(builder, args[at + 1], sig.args[at + 1], types.intp)])
+
+
 def _load(name: str, how: str, right: bool = False):
     def load(typingctx, tile, row, column):
         def codegen(context, builder, sig, args):
@@ -168,11 +175,25 @@ def _named(function, name: str):
     return made
 
 
+def _unpack(name: str, halves: tuple[str, str]):
+    def unpack(typingctx, word):
+        def codegen(context, builder, sig, args):
+            found = [_asm(builder, code, "=f,r", F32, args, effect=False) for code in halves]
+            return cgutils.pack_array(builder, found)
+
+        return types.UniTuple(FLOAT, 2)(WORD), codegen
+
+    return _named(unpack, name)
+
+
 ldmatrix, ldmatrix_right = _load("ldmatrix", ""), _load("ldmatrix_right", "", True)
 ldmatrix_trans, ldmatrix_trans_right = _load("ldmatrix_trans", ".trans"), _load("ldmatrix_trans_right", ".trans", True)
 stmatrix, stmatrix_trans = _store("stmatrix", ""), _store("stmatrix_trans", ".trans")
 mma_fp16, mma_bf16 = _multiply("mma_fp16", "f16"), _multiply("mma_bf16", "bf16")
 pack_fp16, pack_bf16 = _pack("pack_fp16", "f16x2"), _pack("pack_bf16", "bf16x2")
+HALF = "{{.reg .f16 low, high; mov.b32 {{low, high}}, $1; cvt.f32.f16 $0, {};}}"
+unpack_fp16 = _unpack("unpack_fp16", (HALF.format("low"), HALF.format("high")))
+unpack_bf16 = _unpack("unpack_bf16", ("shl.b32 $0, $1, 16;", "and.b32 $0, $1, 0xffff0000;"))
 
 
 @intrinsic
@@ -214,6 +235,75 @@ def store_chunk(typingctx, X, n, tile, row, column):
 
 
 store_chunk.fingerprint = "store_chunk", SOURCE
+
+
+@intrinsic
+def read_chunk(typingctx, X, n, column):
+    def codegen(context, builder, sig, args):
+        column = context.cast(builder, args[2], sig.args[2], types.int32)
+        start = builder.bitcast(_global(context, builder, sig, args, 0, column), ir.PointerType(FOUR, 1))
+        loaded = builder.load(start, align=16)
+        return cgutils.pack_array(builder, [builder.extract_element(loaded, _int(e)) for e in range(4)])
+
+    return WORDS(X, n, column), codegen
+
+
+read_chunk.fingerprint = "read_chunk", SOURCE
+
+
+@intrinsic
+def read_four(typingctx, x, n):
+    def codegen(context, builder, sig, args):
+        start = _adjacent(context, builder, sig, args, 0, 1)
+        loaded = builder.load(builder.bitcast(start, ir.PointerType(ir.VectorType(F32, 4), 1)), align=16)
+        return cgutils.pack_array(builder, [builder.extract_element(loaded, _int(e)) for e in range(4)])
+
+    return FLOATS(x, n), codegen
+
+
+read_four.fingerprint = "read_four", SOURCE
+
+
+@intrinsic
+def add_four(typingctx, x, n, y):
+    def codegen(context, builder, sig, args):
+        start = _adjacent(context, builder, sig, args, 0, 1)
+        code = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
+        operands = [builder.ptrtoint(start, I64), *(builder.extract_value(args[2], e) for e in range(4))]
+        _asm(builder, code, "l,f,f,f,f", VOID, operands)
+        return context.get_dummy_value()
+
+    return types.void(x, n, FLOATS), codegen
+
+
+add_four.fingerprint = "add_four", SOURCE
+
+
+@intrinsic
+def read_two(typingctx, x, n):
+    def codegen(context, builder, sig, args):
+        start = _adjacent(context, builder, sig, args, 0, 3)
+        loaded = builder.load(builder.bitcast(start, ir.PointerType(ir.VectorType(F32, 2), 3)), align=8)
+        return cgutils.pack_array(builder, [builder.extract_element(loaded, _int(e)) for e in range(2)])
+
+    return types.UniTuple(FLOAT, 2)(x, n), codegen
+
+
+read_two.fingerprint = "read_two", SOURCE
+
+
+@intrinsic
+def copy_four(typingctx, x, r, y, n):
+    def codegen(context, builder, sig, args):
+        to = builder.ptrtoint(_adjacent(context, builder, sig, args, 0, 3), I32)
+        start = builder.ptrtoint(_adjacent(context, builder, sig, args, 2, 1), I64)
+        _asm(builder, "cp.async.cg.shared.global [$0], [$1], 16;", "r,l", VOID, [to, start])
+        return context.get_dummy_value()
+
+    return types.void(x, r, y, n), codegen
+
+
+copy_four.fingerprint = "copy_four", SOURCE
 
 
 @intrinsic
@@ -279,3 +369,14 @@ fma.fingerprint = "fma", SOURCE
 @device_function
 def uniform(n):
     return cuda.shfl_sync(ALL_LANES, n, 0)
+
+
+@intrinsic
+def here(typingctx, x):
+    def codegen(context, builder, sig, args):
+        return _asm(builder, "mov.b32 $0, $1;", "=r,r", I32, args)
+
+    return types.int32(types.int32), codegen
+
+
+here.fingerprint = "here", SOURCE

@@ -150,6 +150,44 @@ def store_chunk(X, n, tile, row, column):
         X[n, c] = np.uint16(tile[row, c]).view(X.dtype)
 
 
+def read_chunk(X, n, column):
+    numbers = [X[n, column + e].view(np.uint16) for e in range(8)]
+    return tuple(_word(*numbers[e : e + 2]) for e in range(0, 8, 2))
+
+
+def read_four(x, n):
+    _check_four(x, n)
+    return x[n], x[n + 1], x[n + 2], x[n + 3]
+
+
+def _check_four(x, n):
+    if n % 4 or x.strides != (4,) or x.address % 16:
+        raise SimulatorError(f"{x.name}[{n} : +4], strides {x.strides}: 16 bytes at a multiple of 16 expected")
+
+
+def add_four(x, n, y):
+    _check_four(x, n)
+    for e in range(4):
+        x.atomic_add(n + e, y[e])
+
+
+def copy_four(x, r, y, n):
+    _check_four(y, n)
+    simulator.copy_line(x, r, 4, lambda e: y[n + e])
+
+
+def read_two(x, r):
+    return x[r], x[r + 1]
+
+
+def unpack_fp16(word):
+    return tuple(np.float32(x) for x in np.array(_halves(word), np.uint16).view(np.float16))
+
+
+def unpack_bf16(word):
+    return tuple((np.array(_halves(word), np.uint32) << 16).view(np.float32))
+
+
 commit_group, wait_group = simulator.commit_group, simulator.wait_group
 
 
@@ -178,3 +216,7 @@ def fma(x, y, z):
 
 def uniform(n):
     return n
+
+
+def here(x):
+    return x

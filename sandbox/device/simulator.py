@@ -469,11 +469,19 @@ def copy_quad(tile, r, k, X, n, seen):
 
 def copy(tile, r, k, width, value_at):
     """tile[r, c] = value_at(c) for columns k … k + width - 1: read now, there once the thread has waited for it."""
+    _copy(tile, [((r, c), value_at(c)) for c in range(k, k + width)])
+
+
+def copy_line(line, r, width, value_at):
+    """line[r + e] = value_at(e), e < width, of one dimension, likewise."""
+    _copy(line, [(r + e, value_at(e)) for e in range(width)])
+
+
+def _copy(tile, values):
     group = _copies.setdefault(_now.thread, [[]])[-1]
-    for c in range(k, k + width):
-        value = value_at(c)
-        tile.start_copy((r, c))
-        group.append((tile, (r, c), value))
+    for index, value in values:
+        tile.start_copy(index)
+        group.append((tile, index, value))
     if _now.thread not in _copies_from:
         _copies_from[_now.thread] = _kernel_line(sys._getframe())
 

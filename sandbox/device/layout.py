@@ -1,0 +1,161 @@
+"""Layout: which warp owns what in a block that owns keys and walks along the query blocks.  [FA2, Algorithm 2]
+
+Of `warps`, `side` share `rows` keys.  Of Sᵀ a warp has its own keys by some `queries` at a time; of dK and dV, its keys
+by `columns`, d / side; of dQ, to which all keys contribute, rows_dQ x columns_dQ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ..problem import Problem
+from ..variant import Device, Infeasible, Tile, Unsupported
+from .mma import Shared16
+
+TILES = (
+    *(Tile(Br, Bc) for Br in (16, 32) for Bc in (16, 32)),  # where a GPU is simulated, or nearly idle
+    *(Tile(Br, Bc) for Br in (32, 64, 128) for Bc in (64, 128, 256)),
+)
+REGISTERS = 192  # of a thread, for its tiles
+RESERVED = 1024  # bytes of shared memory that the system takes of each block
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What can be turned, one by one; 0 leaves it to `chosen`.
+
+    rows     keys of a warp: 16 or 32
+    side     warps that share them
+    queries  of a warp at a time: 16 or 32
+    blocks   that are to share a multiprocessor, as far as registers go
+    barriers a step: 1, where two of sP and sdS (and, where warps share keys, three of sQ and sdO) fit, or 2
+    stagger  under no band, key blocks begin at different row blocks: else many add to the same dQ at the same time
+    """
+
+    rows: int = 0
+    side: int = 0
+    queries: int = 0
+    blocks: int = 0
+    barriers: int = 0
+    stagger: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    rows: int
+    side: int
+    queries: int
+    columns: int
+    warps: int
+    rows_dQ: int
+    columns_dQ: int
+    blocks: int
+    barriers: int
+    stagger: bool
+
+    @property
+    def stages(self) -> int:
+        """Tiles of Q and of dO that are on their way or in use."""
+        return 3 if self.barriers == 1 and self.side > 1 else 2
+
+    def shared(self, d: int, tile: Tile) -> Shared16:
+        scores = (tile.Bc * (3 - self.barriers), tile.Br)
+        P = dict(sP=scores) if self.side > 1 else {}
+        rows = (self.stages * tile.Br, d)
+        return Shared16(sK=(tile.Bc, d), sV=(tile.Bc, d), sQ=rows, sdO=rows, sdS=scores, **P)
+
+    def bytes(self, d: int, tile: Tile) -> int:
+        """Of shared memory, with L and D of each query in float32."""
+        return self.shared(d, tile).bytes + 2 * 4 * self.stages * tile.Br
+
+    def registers(self, softcap: bool) -> int:
+        """That a thread needs for dK, dV and either Sᵀ and dPᵀ (softcapped: half as much again) or dQ."""
+        dKV, S, dQ = self.rows * self.columns, self.rows * self.queries, self.rows_dQ * self.columns_dQ
+        return (2 * dKV + max((3 if softcap else 2) * S, dQ)) // 32
+
+
+def layouts(d: int, tile: Tile, s: Switches):
+    """Those that share a tile evenly.  The first reads least from shared memory."""
+    choices = product((32, 16), range(1, d // 16 + 1), (32, 16), (32, 16), (1, 2))
+    for rows, side, queries, rows_dQ, barriers in choices:
+        warps, now = tile.Bc // rows * side, (rows, side, queries, barriers)
+        if any(wanted not in (0, value) for wanted, value in zip((s.rows, s.side, s.queries, s.barriers), now)):
+            continue
+        if tile.Bc % rows or tile.Br % (side * queries) or d % (16 * side):
+            continue
+        if tile.Br % rows_dQ or warps * rows_dQ % tile.Br or d % (16 * (across := warps * rows_dQ // tile.Br)):
+            continue
+        blocks = s.blocks or max(1, 8 // warps)
+        yield Layout(rows, side, queries, d // side, warps, rows_dQ, d // across, blocks, barriers, s.stagger)
+
+
+def chosen(problem: Problem, tile: Tile, device: Device, **turned) -> Layout | None:
+    """The layout that is used: the first whose tiles fit in registers, with as many blocks, and as few barriers, as
+    shared memory allows."""
+    found = [
+        a for a in layouts(problem.d, tile, Switches(**turned))
+        if a.registers(problem.softcap > 0) <= REGISTERS and a.warps <= 8
+    ]  # fmt: skip
+    if not found:
+        return None
+    alike = [a for a in found if replace(a, barriers=found[0].barriers) == found[0]]
+    most = [found[0].blocks] if "blocks" in turned else range(found[0].blocks, 0, -1)
+    fits = (replace(a, blocks=n) for n in most for a in alike)
+    return next((a for a in fits if a.bytes(problem.d, tile) <= room(device, a)), alike[-1])
+
+
+def room(device: Device, a: Layout) -> int:
+    """Bytes of shared memory that each of the blocks on a multiprocessor has."""
+    return (device.shared + RESERVED) // a.blocks - RESERVED
+
+
+def check(name: str, other: str, problem: Problem, tile: Tile, device: Device, **turned) -> None:
+    """Raises Unsupported or Infeasible where kernel `name` cannot run, naming the `other` that can."""
+    if problem.dtype == "fp32":
+        raise Unsupported(f"{name} takes fp16 and bf16, not fp32: {other} takes fp32")
+    if problem.mask.boolean:
+        raise Unsupported(f"{name} has no boolean masks: {other} has them")
+    if problem.d % 16:
+        raise Unsupported(f"{name} takes head_dim in multiples of 16, not {problem.d}: {other} takes any")
+    if device.capability[0] < 9:
+        major, minor = device.capability
+        raise Unsupported(f"{name} needs sm_90 (stmatrix), this is sm_{major}{minor}: {other} runs here")
+    if (a := chosen(problem, tile, device, **turned)) is None:
+        raise Infeasible(tile, f"cannot be shared by at most 8 warps with {REGISTERS} registers for tiles in each")
+    if (need := a.bytes(problem.d, tile)) > (have := room(device, a)):
+        raise Infeasible(tile, f"needs {need:,} B of shared memory, each of {a.blocks} blocks has {have:,} B")
+
+
+def largest(name: str, other: str, problem: Problem, device: Device) -> Tile:
+    """The largest tile that fits.  Raises Unsupported."""
+    small = [Tile(32, 16), Tile(16, 16), Tile(64, 16), Tile(32, 32)]
+    for tile in small if device.simulated else [Tile(64, 128), Tile(64, 64), Tile(32, 64)]:
+        try:
+            check(name, other, problem, tile, device)
+            return tile
+        except Unsupported:
+            raise
+        except Infeasible as found:
+            reason = found.reason
+    raise Unsupported(f"{name} takes no head_dim {problem.d} ({reason}): {other} does")
+
+
+@dataclass(frozen=True)
+class LayoutOfdQ:
+    """Where dQ has a kernel of its own: a block of `warps` owns `rows` rows of Q in each, and walks by so many keys."""
+
+    rows: int
+    warps: int
+    keys: int
+    blocks: int
+
+    def shared(self, d: int) -> Shared16:
+        rows, keys = (self.rows * self.warps, d), (2 * self.keys, d)
+        return Shared16(sQ=rows, sdO=rows, sK=keys, sV=keys)
+
+
+def chosen_dQ(problem: Problem, tile: Tile) -> LayoutOfdQ:
+    if tile.Br * tile.Bc <= 1024:  # where a GPU is simulated
+        return LayoutOfdQ(16, 1, 16, 1)
+    return LayoutOfdQ(32, 4, 32, 2) if problem.d <= 128 else LayoutOfdQ(16, 8, 32, 1)
