@@ -401,7 +401,7 @@ def product_of_blocks(kind: str, M: int, N: int, K: int):
     )
     copy_A, copy_B = warps.copy(rows_A + 16, columns_A + 32), warps.copy(rows_B + 16, columns_B + 32)
     store, where, commit, arrived = warps.store(M, N + 16), warps.where(), *COPIES
-    clear, put, put_words, load = warps.fill(MI, N), warps.put_at(MI, N), warps.put_words(MI, 16), warps.load(MI, K)
+    clear, put, put_words, load = warps.fill(MI, N), warps.put_at(MI, N), warps.put_words_at(MI, 16), warps.load(MI, K)
     multiply, TWO, IN_REGISTERS = warps.product_at(kind, MI, N, K), float32(2), kind[0] == "r"
 
     @cuda.jit

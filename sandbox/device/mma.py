@@ -19,6 +19,7 @@ from numba import cuda, int32, uint32
 
 from .ptx import (
     copy_chunk,
+    copy_chunk_at,
     ldmatrix,
     ldmatrix_right,
     ldmatrix_trans,
@@ -110,6 +111,34 @@ class Warps:
                 if rows % STEP == 0 or y + step < rows:
                     for q in range(CHUNKS // LANES):
                         copy_chunk(sX, r0, X, n0, y, 8 * x, step, 8 * LANES * q, int32(step) < left)
+
+        return copy
+
+    def where_lean(self):
+        """As `where`, for kernels that have no register to spare: nothing says that a warp's lanes share its number."""
+
+        @device_function
+        def where():
+            thread = cuda.threadIdx.x & 0x3FF
+            return cuda.blockIdx.x & 0x7FFFFFFF, thread, thread >> 5, thread & 31
+
+        return where
+
+    def copy_lean(self, rows: int, d: int):
+        """As `copy`, for kernels that have no register to spare; it takes more instructions."""
+        CHUNKS, T = d // 8, self.threads
+        LANES = math.gcd(CHUNKS, T // 8)  # threads that share a row's chunks
+        STEP = T // LANES
+
+        @device_function
+        def copy(sX, r0, X, n0, end, thread):
+            y, x = thread // LANES, thread % LANES
+            r, n = r0 + y, n0 + y
+            left = int32(end - n)
+            for step in range(0, rows, STEP):
+                if rows % STEP == 0 or y + step < rows:
+                    for q in range(CHUNKS // LANES):
+                        copy_chunk_at(sX, r, 8 * (x + q * LANES), X, n, step, step < left)
 
         return copy
 

@@ -26,6 +26,8 @@ copy_chunk(tile, r, X, n, y, x, down, right, seen)  tile[r + y + down, x + right
                                       X[n + y + down, x + right : +8], zeros where not seen; asynchronous.  r and n are
                                       a warp's, y and x a lane's, down and right constants; r, down, x and right are
                                       multiples of 8, X's rows start at multiples of 16 bytes, less than 2³⁶ apart
+copy_chunk_at(tile, row, column, X, n, step, seen)  the same, by addresses for which ptxas keeps fewer registers:
+                                      tile[row + step, column : +8] = X[n + step, column : +8]
 commit_group()                        closes the group of this lane's copies since the last one
 wait_group(newest)()                  until all groups but so many of the newest have arrived: for this lane's eyes
 store_chunk(X, n, tile, row, column)  X[n, column : +8] = tile[row, column : +8]
@@ -54,6 +56,7 @@ stmatrix, stmatrix_trans = instructions.stmatrix, instructions.stmatrix_trans
 mma_fp16, mma_bf16 = instructions.mma_fp16, instructions.mma_bf16
 pack_fp16, pack_bf16 = instructions.pack_fp16, instructions.pack_bf16
 copy_chunk, store_chunk = instructions.copy_chunk, instructions.store_chunk
+copy_chunk_at = instructions.copy_chunk_at
 commit_group, wait_group = instructions.commit_group, instructions.wait_group
 named_barrier, named_any = instructions.named_barrier, instructions.named_any
 fma, uniform = instructions.fma, instructions.uniform

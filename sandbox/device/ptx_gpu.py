@@ -223,6 +223,26 @@ copy_chunk.fingerprint = "copy_chunk", SOURCE
 
 
 @intrinsic
+def copy_chunk_at(typingctx, tile, row, column, X, n, step, seen):
+    def codegen(context, builder, sig, args):
+        tile, row, column = _place(context, builder, sig, args, 0)
+        step = context.cast(builder, args[5], sig.args[5], types.int32)
+        to = builder.add(tile.chunk(row, column), builder.mul(step, tile.bytes))
+        start = builder.ptrtoint(_global(context, builder, sig, args, 3, column), I64)
+        stride = builder.extract_value(arrayobj.make_array(X)(context, builder, args[3]).strides, 0)
+        start = builder.add(start, builder.mul(builder.sext(step, I64), stride))
+        count = builder.select(args[6], _int(16), _int(0))
+        code = "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;"
+        _asm(builder, code, "r,l,r", VOID, [to, start, count])
+        return context.get_dummy_value()
+
+    return types.void(tile, row, column, X, n, step, types.boolean), codegen
+
+
+copy_chunk_at.fingerprint = "copy_chunk_at", SOURCE
+
+
+@intrinsic
 def store_chunk(typingctx, X, n, tile, row, column):
     def codegen(context, builder, sig, args):
         tile, row, column = _place(context, builder, sig, args, 2)

@@ -145,6 +145,10 @@ def copy_chunk(tile, r, X, n, y, x, down, right, seen):
     simulator.copy(tile, r + y + down, x + right, 8, lambda c: X[n, c].view(np.uint16) if seen else 0)
 
 
+def copy_chunk_at(tile, row, column, X, n, step, seen):
+    copy_chunk(tile, row, X, n, 0, column, step, 0, seen)
+
+
 def store_chunk(X, n, tile, row, column):
     for c in range(column, column + 8):
         X[n, c] = np.uint16(tile[row, c]).view(X.dtype)

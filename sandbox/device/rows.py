@@ -106,6 +106,15 @@ class Rows:
                     rtop[mi, h] = max(top, cuda.shfl_xor_sync(ALL_LANES, top, 2))
 
         @device_function
+        def above(rtop, rm, unit):
+            """Whether the maximum of any row of the warp is so far above m that m has to follow."""
+            rise = False
+            for mi in range(MI):
+                for h in range(2):
+                    rise |= rtop[mi, h] * unit > rm[mi, h] + LEEWAY
+            return cuda.any_sync(ALL_LANES, rise)
+
+        @device_function
         def follow(rtop, rm, rl, ralpha, unit):
             """m is at least the maximum, alpha = 2^(m_old - m) what O of before is worth now; l is brought up to it."""
             for mi in range(MI):
@@ -133,7 +142,7 @@ class Rows:
             return x + cuda.shfl_xor_sync(ALL_LANES, x, 2)
 
         self.look, self.hide, self.score, self.rises = look, hide, score, rises
-        self.tops, self.follow, self.weights, self.row_sum = tops, follow, weights, row_sum
+        self.tops, self.above, self.follow, self.weights, self.row_sum = tops, above, follow, weights, row_sum
 
 
 def rescale(MI: int, N: int):

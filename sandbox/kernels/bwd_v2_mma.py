@@ -48,7 +48,7 @@ def build(problem, tile, device, **turned):
     STAGES, ONCE, AHEAD, BUFFERS = a.stages, a.barriers == 1, 3 - a.barriers, 3 - a.barriers
     tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = a.shared(d, tile)
     (tile_P,) = tile_P or [tile_dS]
-    where, copy_QdO, copy_KV = warps.where(), warps.copy(Br, d), warps.copy(Bc, d)
+    where, copy_QdO, copy_KV = warps.where_lean(), warps.copy_lean(Br, d), warps.copy_lean(Bc, d)
     KQt = VdOt = warps.product_nt(MI, QUERIES, d)
     own, others = warps.product_at("rn", MI, COLUMNS, QUERIES), warps.product_at("nn", MI, COLUMNS, QUERIES)
     dSK = warps.product_at("tn", MQ, COLUMNS_dQ, Bc)

@@ -19,7 +19,7 @@ from ..device.launch import addressable
 from ..device.mma import Shared16, Warps
 from ..device.ptx import commit_group, wait_group
 from ..device.rows import ALL, NONE, Rows, rescale
-from ..device.scalar import LN_2, LOG2_E, NEG_INF, ONE, ZERO, divide, log2, quotient
+from ..device.scalar import LN_2, LOG2_E, LOWEST, NEG_INF, ONE, ZERO, divide, log2, quotient
 from ..device.split_k import SplitK
 from ..device.tiles import put_quad, quad
 from ..variant import Infeasible, Tile, Unsupported, Variant
@@ -221,7 +221,7 @@ def build(problem, tile, device, **turned):
                     commit_group()
 
                     place = (block * Tr + i) * W + warp  # of this warp's O_acc
-                    l_old, m_old = ZERO, NEG_INF
+                    l_old, m_old = ZERO, LOWEST
                     if j > 0:  # line 8
                         if thread < Br and i0 + thread < N_q:
                             l_old, m_old = l[block, i0 + thread], m[block, i0 + thread]

@@ -19,7 +19,7 @@ from ..device.launch import addressable
 from ..device.mma import Shared16, Warps
 from ..device.ptx import commit_group, wait_group
 from ..device.rows import ALL, NONE, Rows, rescale
-from ..device.scalar import LN_2, LOG2_E, NEG_INF, ONE, ZERO, divide, log2, quotient
+from ..device.scalar import LN_2, LOG2_E, LOWEST, NEG_INF, ONE, ZERO, divide, log2, quotient
 from ..device.split_k import SplitK
 from ..variant import Infeasible, Tile, Unsupported, Variant
 
@@ -124,7 +124,8 @@ def build(problem, tile, device, **turned):
     tell, largest, total, put_O, store_O = (
         together.tell(), together.largest(), together.total(), together.put(), warps.store(Br // W, d)
     )  # fmt: skip
-    look, hide, score, tops, follow, weights = rows.look, rows.hide, rows.score, rows.tops, rows.follow, rows.weights
+    look, hide, score, weights = rows.look, rows.hide, rows.score, rows.weights
+    tops, above, follow = rows.tops, rows.above, rows.follow
     row_sum, arrived, all_arrived = rows.row_sum, wait_group(STAGES - 2), wait_group(0)
     BANDED = problem.mask.banded
 
@@ -160,7 +161,7 @@ def build(problem, tile, device, **turned):
             clear_O(rO)
             for mi in range(MI):
                 for g in range(2):
-                    rm[mi, g], rl[mi, g] = NEG_INF, ZERO
+                    rm[mi, g], rl[mi, g] = LOWEST, ZERO
 
             first, end = 0, N_k
             if BANDED:
@@ -201,7 +202,8 @@ def build(problem, tile, device, **turned):
                 tell(sx, rtop, warp, lane)
                 cuda.syncthreads()
                 largest(rtop, sx, lane)
-                if follow(rtop, rm, rl, ralpha, unit):
+                if above(rtop, rm, unit):
+                    follow(rtop, rm, rl, ralpha, unit)
                     rescale_O(rO, ralpha)
 
                 # l, P̃ = exp(S - m), O += Σ over the warps of P̃ V  [Br, d]
