@@ -135,7 +135,7 @@ def test_heads_in_sections(monkeypatch):
 
 SWITCHED = [
     dict(rows=16), dict(rows=32), dict(lazy=False), dict(pairs=True), dict(pairs=True, rows=16),
-    dict(held=True), dict(late=True),
+    dict(late=True),
 ]  # fmt: skip
 
 

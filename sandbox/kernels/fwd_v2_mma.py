@@ -35,7 +35,6 @@ class Switches:
     rows    of a warp: 16 or 32
     blocks  that are to share a multiprocessor, as far as registers go
     lazy    O is rescaled only where a row's maximum has grown a lot
-    held    Q stays in registers
     late    the next K and V are asked for after S = Q Kᵀ, beside its last products
     pairs   two warps share rows: each scores half of the keys and owns half of O's columns, and P̃ goes through shared
             memory, where 16 rows a warp would read all of K and V for few products (d > 128)
@@ -44,13 +43,12 @@ class Switches:
     rows: int = 32
     blocks: int = 1
     lazy: bool = True
-    held: bool = False
     late: bool = False
     pairs: bool = False
 
     def registers(self, d: int, Bc: int) -> int:
-        """That a thread needs for S [rows, Bc] and O [rows, d], half of it in a pair, and for Q [rows, d]."""
-        return self.rows // 16 * ((Bc + d) // 2 // (1 + self.pairs) + self.held * d // 4)
+        """That a thread needs for S [rows, Bc] and O [rows, d]; half of it in a pair."""
+        return self.rows // 16 * (Bc + d) // 2 // (1 + self.pairs)
 
     def warps(self, Br: int) -> int:
         return Br // self.rows * (1 + self.pairs)
@@ -58,8 +56,10 @@ class Switches:
 
 def chosen(problem, tile, device, **turned) -> Switches:
     """The switches that are used: 32 rows a warp where registers allow, else 32 of a pair, else 16, and 16 in a block
-    of few rows; up to three blocks a multiprocessor, as registers allow; those `turned` as they are there."""
-    s, d, Br, Bc = replace(Switches(), **turned), problem.d, tile.Br, tile.Bc
+    of few rows; up to three blocks a multiprocessor, as registers allow; late for d > 64, where it was 1 to 5 % faster
+    on an H200 (d = 64: 2 % slower); those `turned` as they are there."""
+    d, Br, Bc = problem.d, tile.Br, tile.Bc
+    s = replace(Switches(late=d > 64 and not problem.softcap), **turned)
     if "pairs" not in turned and s.rows == 32 and Br % 32 == Bc % 32 == d % 32 == 0:
         paired = replace(s, pairs=True)
         s = paired if s.registers(d, Bc) > REGISTERS >= paired.registers(d, Bc) else s
@@ -101,11 +101,12 @@ def fit(problem, tile, device, **turned):
 
 
 def usual(problem, device) -> Tile:
-    """128 rows and 64 keys; 64 rows where blocks of 128 would leave half of the multiprocessors idle.
+    """128 rows and 64 keys, or 128 where their registers allow; 64 rows where blocks of 128 would leave half of the
+    multiprocessors idle.
 
     Measured: an H200, bf16, 16 Ki tokens, d 64, 128, 256, N 1, 4 and 16 Ki.  Not measured: so few blocks, and other d.
     """
-    tile = Tile(128, 64)
+    tile = Tile(128, 128 if problem.d <= 64 and problem.softcap == 0 else 64)
     if device.simulated:
         tile = Tile(16, 16)
     elif 2 * problem.B * problem.H * -(-problem.N_q // 128) <= device.sms:
@@ -125,15 +126,13 @@ def build(problem, tile, device, **turned):
     (tile_P,) = tile_P or (tile_Q,)
     where, copy_Q, copy_KV = warps.where(), warps.copy(Br, d), warps.copy(Bc, d)
     QKt, PV = warps.product_nt(MI, KEYS, d), warps.product_rn(MI, d, 16)
-    load_Q, QKt_held, HELD, LATE = warps.load(MI, d), warps.product_rt(MI, KEYS, d), s.held, s.late
-    first_arrived, KQ = wait_group(1), d // 16
     clear_S, clear_O = warps.fill(MI, KEYS), warps.fill(MI, COLUMNS)
     rescale_O, put_O, store_O = rescale(MI, COLUMNS), warps.put_part(MI, COLUMNS), warps.store(ROWS // SHARE, d)
     PV_shared, put_P = warps.product_nn_part(MI, COLUMNS, Bc), warps.put_words(MI)
     meet, meet_any = named_barrier(64), named_any(64)
     look, hide, score, rises = rows.look, rows.hide, rows.score, rows.rises
     tops, follow, weights = rows.tops, rows.follow, rows.weights
-    row_sum, arrived, BANDED = rows.row_sum, wait_group(0), problem.mask.banded
+    row_sum, arrived, BANDED, LATE = rows.row_sum, wait_group(0), problem.mask.banded, s.late
 
     @device_function
     def exchange(ry, rx, sx, warp, lane):
@@ -171,7 +170,6 @@ def build(problem, tile, device, **turned):
             sP = tile_P(smem)  # [Br, Bc], of pairs
             sx = cuda.shared.array((2, Br), float32)  # what pairs tell each other of each row
             rS = cuda.local.array((MI, NI, 4), float32)  # S  [rows, Bc]
-            rQ = cuda.local.array((MI, KQ, 4), uint32)  # Q  [rows, d]
             rP = cuda.local.array((MI, 1, 4), uint32)  # P̃, 16 keys of it
             rO = cuda.local.array((MI, NO, 4), float32)  # O  [rows, d]
             rm = cuda.local.array((MI, 2), float32)
@@ -191,17 +189,11 @@ def build(problem, tile, device, **turned):
             steps = int32(end - first)
 
             copy_Q(sQ, 0, Qh, i0, N_q, thread)
-            if HELD:
-                commit_group()
             here, there = int32(0), int32(Bc)  # rows of sK and of sV: of this step's block, of the next one's
             if steps > 0:
                 copy_KV(sK, here, Kh, int32((end - 1) * Bc), N_k, thread)
                 copy_KV(sV, here, Vh, int32((end - 1) * Bc), N_k, thread)
             commit_group()
-            if HELD:
-                first_arrived()
-                cuda.syncthreads()
-                load_Q(rQ, sQ, w0)
             for step in range(steps):
                 arrived()
                 cuda.syncthreads()  # this step's K and V are here; those of the step before have been read
@@ -218,10 +210,7 @@ def build(problem, tile, device, **turned):
                 if seen != NONE or PAIRS:
                     # S = Q Kᵀ  [rows, Bc]
                     clear_S(rS)
-                    if HELD:
-                        QKt_held(rS, rQ, 0, sK, int32(here + side * KEYS))
-                    else:
-                        QKt(rS, sQ, w0, sK, int32(here + side * KEYS))
+                    QKt(rS, sQ, w0, sK, int32(here + side * KEYS))
                     if LATE:
                         copy_KV(sK, there, Kh, n0, n1, thread)
                         copy_KV(sV, there, Vh, n0, n1, thread)
