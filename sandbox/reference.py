@@ -173,6 +173,16 @@ def fp32_allowance_lse(problem: Problem, q, k, mask=None):
 
 
 @torch.no_grad()
+def reach(problem: Problem, q, k, mask=None):
+    """A_i = |scale|·max_j Σ_c |q_ic·k_jc|, like LSE, float64, and 0 where LSE = -inf."""
+    Q, K = _queries(problem, q=q), _keys(problem, k=k)
+    found = Q.new_zeros(Q.shape[:-1])
+    for piece in _pieces(problem, Q, K, mask):
+        found[piece.rows] = _reach(problem, piece)[..., 0].masked_fill(piece.LSE == -INF, 0)
+    return _as_lse(problem, found)
+
+
+@torch.no_grad()
 def fp32_allowance_backward(problem: Problem, q, k, v, dO, mask=None):
     """The allowances of dQ, dK, dV, each of its gradient's shape, float64: derived above."""
     Q, K, V = _queries(problem, q=q), _keys(problem, k=k), _keys(problem, v=v)

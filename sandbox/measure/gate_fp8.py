@@ -8,7 +8,10 @@ O       |O - E| <= 2u₈·A + S·A + N_k/32·t·A + 2⁻¹⁵·Σ_j |v_j| + u·|
         numbers: kernel and emulation round the same P̃, each by u₈ = 2⁻⁴ at most, or by 2⁻¹⁰ where it is subnormal (of
         2⁵ or more that a row's largest has); tensor cores keep 13 bits, t = 2⁻¹³, of the sum of every 32 terms
 S       4t·(1 + max_j scale·Σ_c |q_c·k_jc|): what that makes of a score, by reference.py's own derivation for fp32
-LSE     |LSE - LSE_E| <= 4t·(1 + max_j scale·Σ_c |q_c·k_jc| + |LSE|), in the same way
+LSE     |LSE - LSE_E| <= 4t·(1 + max_j scale·Σ_c |q_c·k_jc| + |LSE|), in the same way, and t·(d + d/32)·max_j scale·R_j:
+        an instruction aligns its 32 products, and the sum so far, to the largest of them, of which each then loses
+        up to t; R_j = (Σ_c (q_c·k_jc)²)^½ is no less than the largest.  Where one channel outweighs all others, that is
+        most of it
 
 What is not finite in E must be so in O.
 """
@@ -45,6 +48,8 @@ def allowances(problem: Problem, tile: Tile, x: Quantized, stars: tuple[torch.Te
     allowed = A * (2 * E4M3 + problem.N_k / TERMS * TENSOR_CORE) + S + SUBNORMAL * total
     allowed += UNIT[problem.dtype] * O.abs().nan_to_num(0) + 2.0**-126
     LSE_allowed = reference.fp32_allowance_lse(p, q, k) * (TENSOR_CORE / U) + 2.0**-126
+    largest = (abs(problem.scale) * reference.reach(p, q.square(), k.square())).sqrt()  # |scale|·max_j R_j
+    LSE_allowed += TENSOR_CORE * (problem.d + problem.d / TERMS) * largest
     return {"O": (O, allowed), "LSE": (LSE, LSE_allowed)}
 
 
