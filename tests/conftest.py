@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, is_hypothesis_test, seed, settings
 
 from sandbox import target
 
-EXAMPLES = {"quick": 5, "default": 25, "ci": 200}
+EXAMPLES = {"quick": 5, "default": 25, "ci": 300}
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if CI else "default")
 SEED = os.environ.setdefault("HYPOTHESIS_SEED", str(secrets.randbits(32)))  # the workers of pytest -n inherit it

@@ -27,7 +27,7 @@ from sandbox.problem import DTYPES, Problem
 from sandbox.variant import HOPPER, Tile
 
 KERNELS = [name for name, v in catalog.variants().items() if v.direction != "softmax" and not v.tiles]  # test_hopper.py
-LONG = settings.default.max_examples >= 200  # the ci profile
+LONG = settings.default.max_examples >= 300  # the ci profile
 FULL, BAND, BOOLEAN, BOTH = Mask(), Mask(causal=True), Mask(boolean=True), Mask(causal=True, boolean=True)
 
 

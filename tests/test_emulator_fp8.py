@@ -260,6 +260,7 @@ QUANTIZED = [
     (64, torch.bfloat16, (1, 70, 128, 1, 1), dict(q_block=64, kv_block=64)),
     (128, torch.bfloat16, (1, 100, 150, 2, 1), dict(q_block=64, kv_block=128)),
     (256, torch.float16, (1, 33, 70, 2, 2), dict(q_block=32, kv_block=64)),
+    (64, torch.float16, (1, 270, 300, 1, 1), dict(q_block=32, kv_block=256)),  # eight blocks of Q to a thread block
 ]
 PARTS = "q", "k", "v", "q_scale", "k_scale", "v_scale"
 

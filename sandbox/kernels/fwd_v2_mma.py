@@ -56,8 +56,8 @@ class Switches:
 
 def chosen(problem, tile, device, **turned) -> Switches:
     """The switches that are used: 32 rows a warp where registers allow, else 32 of a pair, else 16, and 16 in a block
-    of few rows; up to three blocks a multiprocessor, as registers allow; late for d > 64, where it was 1 to 5 % faster
-    on an H200 (d = 64: 2 % slower); those `turned` as they are there."""
+    of few rows; up to three blocks a multiprocessor, as registers allow; late for d > 64, where a sweep on an
+    H200 found it faster, but not with a softcap, where it spills; those `turned` as they are there."""
     d, Br, Bc = problem.d, tile.Br, tile.Bc
     s = replace(Switches(late=d > 64 and not problem.softcap), **turned)
     if "pairs" not in turned and s.rows == 32 and Br % 32 == Bc % 32 == d % 32 == 0:

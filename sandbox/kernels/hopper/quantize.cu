@@ -121,10 +121,11 @@ struct Piece {
 
 // Of a thread block: the largest |x| of each block that has a scale, and of what is finite of it.
 struct Largest {
-    int of[4], finite[4];
+    static constexpr int OF_Q = Q_ROWS / Q_BLOCK, OF_KV = KV_ROWS / KV_BLOCK, BLOCKS = OF_Q > OF_KV ? OF_Q : OF_KV;
+    int of[BLOCKS], finite[BLOCKS];
 
     DEVICE void clear() {
-        if (threadIdx.x < 4) of[threadIdx.x] = finite[threadIdx.x] = 0;
+        if (threadIdx.x < BLOCKS) of[threadIdx.x] = finite[threadIdx.x] = 0;
         __syncthreads();
     }
 
@@ -154,9 +155,8 @@ DEVICE int pad(int N) { return (N + 15) / 16 * 16; }
 
 // Of a tile of V [KV_ROWS, d] to Vᵀ: of each 16 keys, key 8a + 2q + b to slot 4q + 2a + b.  A thread takes four columns.
 DEVICE void transpose(const unsigned char *sV, unsigned char *to, int i0, int N) {
-    constexpr int HALVES = KV_ROWS % 32 ? 1 : 2;  // of 32 bytes, which neighbours write
-    for (int n = threadIdx.x; n < KV_ROWS / 16 * (d / 4); n += THREADS) {
-        const int c = n / HALVES % (d / 4) * 4, j0 = (n / (HALVES * d / 4) * HALVES + n % HALVES) * 16;
+    for (int n = threadIdx.x; n < KV_ROWS / 16 * (d / 4); n += THREADS) {  // neighbours write 32 bytes side by side
+        const int c = n / 2 % (d / 4) * 4, j0 = (n / (d / 2) * 2 + n % 2) * 16;
         if (i0 + j0 >= N) continue;
         u32 slots[4][4];
 #pragma unroll

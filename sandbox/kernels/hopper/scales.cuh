@@ -47,10 +47,10 @@ struct BesideK {
     // Of block j, in its stage; the scales of the next one are asked for.
     DEVICE void put(int stage, int j) {
         if (!BLOCKED) return;
-        const float larger = __fdividef(v, sigma);
-        const bool moves = larger < 0.25f || larger > 1.22f;
+        const float ratio = __fdividef(sigma, v);
+        const bool moves = ratio < 0.82f || ratio > 4.f;
         if (moves) sigma = v;
-        s.worth[stage] = {k, moves ? 0.f : log2_approx(larger)}, s.sigma[stage] = sigma;
+        s.worth[stage] = {k, moves ? 0.f : -log2_approx(ratio)}, s.sigma[stage] = sigma;
         const int after = max(j - 1, first);
         k = load(K + after), v = load(V + after);
     }

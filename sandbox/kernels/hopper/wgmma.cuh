@@ -90,8 +90,9 @@ constexpr int NEXT_ROWS = 2048 >> 4;
 // Product<N, Type>::tiles(rC, A, a, B, b, add): A and B in shared memory, both by columns; rC = A Bᵀ, or += where add.
 //     They start at the descriptors A + a and B + b.  Sums that the compiler sees it takes out of loops, and at d = 256 those
 //     of Q alone are more than uniform registers hold: a move into one would stand before each product.
-// Product<N, Type>::columns(rC, rA, B, add): A in registers, B in shared memory by columns; the same.
-// Product<N, Type>::rows(rC, rA, B): A in registers, B in shared memory by rows; rC += A B.  Not of E4M3.
+// Product<N, Type>::columns(rC, rA, B, b, add): A in registers, B in shared memory by columns; the same.
+// Product<N, Type>::rows(rC, rA, B, b): A in registers, B in shared memory by rows; rC += A B.  Not of E4M3.
+//     a and b are added to low words alone, where addresses are: 64-bit sums take three uniform instructions each.
 enum Type { HALF, BFLOAT, E4M3 };  // of A and B
 template <int N, int Type>
 struct Product;
