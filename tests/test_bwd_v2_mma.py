@@ -202,7 +202,7 @@ def compiled(variant: str, problem: Problem, folder) -> tuple:
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "ci" or os.environ.get("CI", "").lower() in ("1", "true")
 CASES = [(64, "bf16", False), (128, "fp16", True), (256, "bf16", False)]
 if LONG:
-    CASES = [(d, dtype, causal) for d in (64, 128, 256) for dtype in ("fp16", "bf16") for causal in (0, 1)]
+    CASES = [(d, dtype, causal) for d in (32, 64, 96, 128, 256) for dtype in ("fp16", "bf16") for causal in (0, 1)]
 
 
 @pytest.mark.parametrize("d, dtype, causal", CASES)
@@ -224,7 +224,7 @@ def test_tensor_cores_and_no_spills(d, dtype, causal, compiler, tmp_path):
         assert "CALL" not in text and "LDL" not in text
 
 
-@pytest.mark.parametrize("d, dtype, causal", [(128, "bf16", True)] if not LONG else CASES[2::4])
+@pytest.mark.parametrize("d, dtype, causal", [(128, "bf16", True)] if not LONG else CASES)
 def test_deterministic_spills_nothing(d, dtype, causal, compiler, tmp_path):
     problem = Problem(1, 32, 32, 4096, 4096, d, dtype, mask=Mask(causal))
     _, _, found = compiler.submit(compiled, "bwd_v2_mma_deterministic", problem, tmp_path).result()

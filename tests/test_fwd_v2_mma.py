@@ -218,7 +218,7 @@ LONG = os.environ.get("HYPOTHESIS_PROFILE") == "ci" or os.environ.get("CI", "").
 KINDS = [(False, 0.0), (True, 0.0), (False, 5.0), (True, 5.0)]
 CASES = [(64, "fp16", *KINDS[0]), (128, "bf16", *KINDS[1]), (256, "fp16", *KINDS[3])]
 if LONG:
-    CASES = [(d, t, *kind) for d in (64, 128, 256) for t in ("fp16", "bf16") for kind in KINDS[:2]]
+    CASES = [(d, t, *kind) for d in (32, 64, 96, 128, 160, 256) for t in ("fp16", "bf16") for kind in KINDS]
 
 
 @pytest.mark.parametrize("d, dtype, causal, softcap", CASES)
