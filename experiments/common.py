@@ -29,8 +29,8 @@ from sandbox.variant import Device, Infeasible, Tile
 
 from . import inputs
 
-READ = ("Q", "K", "V", "O", "l", "m", "LSE", "mask", "dO", "dQ", "D")
-WRITTEN = ("O", "l", "m", "LSE", "dQ", "dK", "dV", "D")
+READ = ("Q", "K", "V", "O", "l", "m", "LSE", "mask", "dO", "dQ", "L", "D")
+WRITTEN = ("O", "l", "m", "LSE", "dQ", "dK", "dV", "L", "D")
 OutOfMemory = torch.OutOfMemoryError
 PATIENCE_S = 120  # a longer run on the simulator asks for --force
 POOL_PAYS_S = 8  # a shorter one is not worth starting other processes for

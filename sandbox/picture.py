@@ -23,7 +23,7 @@ GROUPS = {
     "Q": (("Q",), BLUE),
     "K, V": (("K", "V"), SKY),
     "O": (("O",), VERMILION),
-    "l, m, LSE, D": (("l", "m", "LSE", "D"), YELLOW),
+    "l, m, LSE, D": (("l", "m", "LSE", "L", "D"), YELLOW),
     "dO": (("dO",), PURPLE),
     "dQ": (("dQ",), GREEN),
     "dK, dV": (("dK", "dV"), ORANGE),

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandbox import catalog, target
@@ -17,10 +17,12 @@ sizes = st.integers(0, 40)
 windows = st.one_of(st.just((-1, -1)), st.tuples(st.integers(-1, 30), st.integers(-1, 30)))
 masks = st.builds(Mask, st.booleans(), st.sampled_from(["bottom_right", "top_left"]), windows)
 tiles = st.builds(Tile, st.integers(1, 20), st.integers(1, 20))
+counted_here = pytest.mark.skipif(target.KIND != "simulator", reason="accesses are counted on the simulator")
 
 
 @st.composite
 def problems(draw, masks=masks):
+    """For the kernels that take any."""
     H_kv = draw(st.integers(1, 2))
     return Problem(
         B=draw(st.integers(0, 2)),
@@ -34,11 +36,20 @@ def problems(draw, masks=masks):
     )
 
 
+@st.composite
+def launches_on_tensor_cores(draw, variant):
+    """(problem, tile): fewer heads and one head_dim, since a warp's products take the simulator long."""
+    H_kv, (N_q, N_k) = draw(st.integers(1, 2)), draw(st.tuples(sizes, st.integers(0, 70)))
+    dtype, mask = draw(st.sampled_from(["fp16", "bf16"])), draw(masks)
+    problem = Problem(1, H_kv * draw(st.integers(1, 2)), H_kv, N_q, N_k, 32, dtype, mask=mask)
+    return problem, draw(st.sampled_from([tile for tile in variant.tiles if tile.Br * tile.Bc <= 1024]))
+
+
 class Walker:
     """The blocks of S, and which tiles hold a seen pair, straight from the matrix of seen pairs."""
 
     def __init__(self, p: Problem, tile: Tile):
-        self.p, self.d = p, p.d
+        self.p, self.d, self.tile = p, p.d, tile
         self.seen = p.mask.seen(p.N_q, p.N_k)
         self.row_blocks = [(i, min(i + tile.Br, p.N_q)) for i in range(0, p.N_q, tile.Br)]
         self.key_blocks = [(j, min(j + tile.Bc, p.N_k)) for j in range(0, p.N_k, tile.Bc)]
@@ -55,7 +66,11 @@ class Walker:
 
     def _tick(self, counts, block, arrays):
         for array in arrays:
-            counts[array] += (block[1] - block[0]) * (1 if array in ("l", "m", "LSE", "D") else self.d)
+            counts[array] += (block[1] - block[0]) * (1 if array in ("l", "m", "LSE", "L", "D") else self.d)
+
+    def whole(self, block) -> tuple[int, int]:
+        """A row block with the rows past the end."""
+        return block[0], block[0] + self.tile.Br
 
 
 def walk_q_outer(w):
@@ -154,6 +169,54 @@ def walk_bwd_v2_deterministic(w):
             w.store(rows, "dQ")
 
 
+def walk_rowsum(w, whole_blocks_of):
+    for _ in range(w.p.B * w.p.H):
+        for rows in w.row_blocks:
+            w.load(rows, "O", "dO", "LSE")
+        w.store((0, -(-w.p.N_q // whole_blocks_of) * whole_blocks_of), "L", "D")
+
+
+def walk_dkdv_mma(w, add_dQ):
+    for _ in range(w.p.B * w.p.H_kv):
+        for keys in w.key_blocks:
+            w.load(keys, "K", "V")
+            for _ in range(w.p.group):
+                for rows in w.row_blocks:
+                    if w.touches(rows, keys):
+                        w.load(rows, "Q", "dO")
+                        w.load(w.whole(rows), "L", "D")
+                        if add_dQ:
+                            w.load(w.whole(rows), "dQ")
+                            w.store(w.whole(rows), "dQ")
+            w.store(keys, "dK", "dV")
+
+
+def walk_bwd_v2_mma(w):
+    walk_rowsum(w, w.tile.Br)
+    walk_dkdv_mma(w, add_dQ=True)
+    for _ in range(w.p.B * w.p.H):
+        for rows in w.row_blocks:
+            w.store(w.whole(rows), "dQ")  # zeroed
+            w.load(w.whole(rows), "dQ")  # converted
+            w.store(rows, "dQ")
+
+
+def walk_bwd_v2_mma_deterministic(w):
+    """dQ by blocks of 16 rows and 16 keys, where the tile is as small as here."""
+    walk_rowsum(w, max(w.tile.Br, 16))
+    walk_dkdv_mma(w, add_dQ=False)
+    of_dQ = Walker(w.p, Tile(16, 16))
+    for _ in range(w.p.B * w.p.H):
+        for rows in of_dQ.row_blocks:
+            w.load(rows, "Q", "dO")
+            for _ in range(4):  # lanes that share a row
+                w.load(of_dQ.whole(rows), "L", "D")
+            for keys in of_dQ.key_blocks:
+                if of_dQ.touches(rows, keys):
+                    w.load(keys, "K", "V")
+            w.store(rows, "dQ")
+
+
 WALKS = {
     "fwd_v1": lambda w: walk_kv_outer(w, skip=False),
     "fwd_v1_mma": lambda w: walk_kv_outer(w, skip=False),
@@ -167,7 +230,10 @@ WALKS = {
     "bwd_v1": walk_bwd_v1,
     "bwd_v2": walk_bwd_v2,
     "bwd_v2_deterministic": walk_bwd_v2_deterministic,
+    "bwd_v2_mma": walk_bwd_v2_mma,
+    "bwd_v2_mma_deterministic": walk_bwd_v2_mma_deterministic,
 }
+ON_TENSOR_CORES = [name for name in WALKS if "mma" in name]
 
 
 def moved(counts) -> dict[str, int]:
@@ -185,17 +251,11 @@ def test_formula_equals_the_walk(name, problem, tile):
     assert formula.total == sum(walker.reads.values()) + sum(walker.writes.values())
 
 
-@pytest.mark.skipif(target.KIND != "simulator", reason="accesses are counted on the simulator")
-@pytest.mark.parametrize(
-    "name", [name for name in WALKS if not catalog.find(name).tiles]
-)  # test_hopper.py, test_split_k.py
-@given(problem=problems(), tile=tiles)
-def test_counted_equals_the_formula(name, problem, tile):
+def check_counted(name, p, tile):
     """Whatever the numbers in Q, K, V are: the walk depends on the shapes alone."""
     from sandbox.device import simulator
 
-    p, variant = problem, catalog.find(name)
-    inputs = gate.gaussian(p, seed=0)
+    variant, inputs = catalog.find(name), gate.gaussian(p, seed=0)
     seen = torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(p.B, p.H, 1, 1)
     O, LSE = torch.zeros_like(inputs.q), torch.zeros(p.B, p.H, p.N_q)
     gradients = [inputs.dO, *(torch.empty_like(x) for x in (inputs.q, inputs.k, inputs.v))]
@@ -209,7 +269,22 @@ def test_counted_equals_the_formula(name, problem, tile):
     assert (counted.read_bytes, counted.write_bytes) == (formula.read_bytes, formula.write_bytes)
 
 
-@pytest.mark.skipif(target.KIND != "simulator", reason="accesses are counted on the simulator")
+@counted_here
+@pytest.mark.parametrize("name", [name for name in WALKS if not catalog.find(name).tiles])  # fwd_v3: test_hopper.py
+@given(problem=problems(), tile=tiles)
+def test_counted_equals_the_formula(name, problem, tile):
+    check_counted(name, problem, tile)
+
+
+@counted_here
+@pytest.mark.parametrize("name", ON_TENSOR_CORES)
+@settings(max_examples=min(10, settings.default.max_examples))
+@given(data=st.data())
+def test_counted_equals_the_formula_on_tensor_cores(name, data):
+    check_counted(name, *data.draw(launches_on_tensor_cores(catalog.find(name))))
+
+
+@counted_here
 @pytest.mark.parametrize("name", formulas.SOFTMAX_READS)
 @given(rows=st.integers(0, 9), columns=st.integers(0, 30))
 def test_counted_equals_the_formula_for_softmax(name, rows, columns):

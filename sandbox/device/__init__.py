@@ -3,7 +3,7 @@
 Everything a kernel file needs comes from here; the same kernel source runs on a GPU and on the simulator.
 """
 
-from .launch import Launch, scratch
+from .launch import Launch, scratch, zeros
 from .scalar import conversions, device_function
 from .softmax import Softmax
 from .tiles import Blocks, Shared, Threads
@@ -11,4 +11,5 @@ from .visit import Visit
 
 __all__ = [
     "Blocks", "Launch", "Shared", "Softmax", "Threads", "Visit", "conversions", "device_function", "scratch",
+    "zeros",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import math
 import threading
 from contextlib import contextmanager
 
@@ -127,6 +128,15 @@ def compiling():
 def scratch(*shape: int, like: torch.Tensor) -> torch.Tensor:
     """An uninitialised float32 tensor on like's device; poisoned with NaN where that costs nothing that matters."""
     return torch.full(shape, torch.nan, device=like.device) if SIMULATED else torch.empty(shape, device=like.device)
+
+
+def zeros(name: str, *shape: int, like: torch.Tensor) -> torch.Tensor:
+    """A float32 tensor of zeros on like's device; where simulated they count as written, under this name."""
+    if SIMULATED:
+        from . import simulator
+
+        simulator.count(name, 0, math.prod(shape), 4)
+    return torch.zeros(shape, device=like.device)
 
 
 def addressable(x: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from functools import partial
 
 from numba import cuda, float32, int16, int32, uint32
 
-from ..device import Launch, device_function, scratch
+from ..device import Launch, device_function, scratch, zeros
 from ..device.columns import Columns
 from ..device.launch import addressable
 from ..device.layout import TILES, Switches, check, chosen, largest  # noqa: F401  (Switches: for the catalog)
@@ -267,7 +267,7 @@ def build(problem, tile, device, **turned):
             run, unit = scored, float(LOG2_E)
         section = max(1, L2_BYTES // max(1, 8 * problem.N_q * d * problem.group))
         L, D = scratch(heads, Tr * Br, like=Q), scratch(heads, Tr * Br, like=Q)
-        dQ_acc, dO = scratch(heads, Tr * Br * d, like=Q).zero_(), addressable(dO)
+        dQ_acc, dO = zeros("dQ_acc", heads, Tr * Br * d, like=Q), addressable(dO)
         run_rowsum(addressable(O), dO, LSE, L, D)
         run(
             Tc * problem.B * problem.H_kv, addressable(Q), addressable(K), addressable(V), dO, L, D, dQ_acc, dK, dV,

@@ -21,7 +21,7 @@ from ..problem import Problem
 from ..variant import Tile
 from .traffic import Traffic
 
-FP32 = ("LSE", "l", "m", "D", "O_acc", "dQ_acc")  # whatever the inputs are; X_acc is X while it is being summed
+FP32 = ("LSE", "L", "l", "m", "D", "O_acc", "dQ_acc")  # whatever the inputs are; X_acc is X while it is being summed
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Walk:
     blind_rows    rows in row blocks that touch no tile at all
     blind         such row blocks
     K_seen        keys in key blocks that at least one row block touches
+    visits        pairs of a key block and a row block that it touches
     """
 
     Tr: int
@@ -43,12 +44,13 @@ class Walk:
     blind_rows: int
     blind: int
     K_seen: int
+    visits: int
 
 
 def walk(p: Problem, tile: Tile) -> Walk:
     Br, Bc, N_q, N_k = tile.Br, tile.Bc, p.N_q, p.N_k
     Tr, Tc = -(-N_q // Br), -(-N_k // Bc)
-    K_rows = Q_rows = blind_rows = blind = K_seen = 0
+    K_rows = Q_rows = blind_rows = blind = K_seen = visits = 0
     for i in range(Tr):
         blocks = p.mask.key_blocks(i * Br, Br, Bc, N_q, N_k)
         K_rows += min(blocks.stop * Bc, N_k) - blocks.start * Bc if blocks else 0
@@ -58,7 +60,8 @@ def walk(p: Problem, tile: Tile) -> Walk:
         blocks = p.mask.query_blocks(j * Bc, Br, Bc, N_q, N_k)
         Q_rows += min(blocks.stop * Br, N_q) - blocks.start * Br if blocks else 0
         K_seen += min(Bc, N_k - j * Bc) if blocks else 0
-    return Walk(Tr, Tc, K_rows, Q_rows, blind_rows, blind, K_seen)
+        visits += len(blocks)
+    return Walk(Tr, Tc, K_rows, Q_rows, blind_rows, blind, K_seen, visits)
 
 
 # ---- forward: (reads, writes) of the whole launch ------------------------------------------------------------------
@@ -142,6 +145,43 @@ def bwd_v2_deterministic(p: Problem, tile: Tile):
     return reads, writes
 
 
+def bwd_v2_mma(p: Problem, tile: Tile):
+    """As bwd_v2, but L and D, and dQ while it is summed, have whole row blocks; dQ = 0 is written before, unasked."""
+    w, heads, kv_heads = walk(p, tile), p.B * p.H, p.B * p.H_kv
+    once, all_rows = p.N_q * p.d, w.Tr * tile.Br
+    reads, writes = _rowsum(p, all_rows)
+    visited = w.visits * tile.Br  # whole row blocks, past the end too
+    reads |= {"Q": w.Q_rows * p.d, "dO": once + w.Q_rows * p.d, "L": visited, "D": visited}
+    reads |= {"dQ_acc": (visited + all_rows) * p.d}
+    writes |= {"dQ_acc": (all_rows + visited) * p.d, "dQ": once}
+    keys = {"K": p.N_k * p.d, "V": p.N_k * p.d}
+    gradients = {"dK": p.N_k * p.d, "dV": p.N_k * p.d}
+    return _times(heads, reads) | _times(kv_heads, keys), _times(heads, writes) | _times(kv_heads, gradients)
+
+
+def bwd_v2_mma_deterministic(p: Problem, tile: Tile):
+    """As bwd_v2_deterministic, but L and D have whole row blocks, dQ's kernel has a tile of its own, and there the four
+    lanes that share a row read its L and D each."""
+    from ..device.layout import chosen_dQ
+
+    of_dQ = chosen_dQ(p, tile)
+    rows = Tile(of_dQ.rows * of_dQ.warps, of_dQ.keys)
+    w, by_rows, heads, kv_heads = walk(p, tile), walk(p, rows), p.B * p.H, p.B * p.H_kv
+    once, most = p.N_q * p.d, max(tile.Br, rows.Br)
+    reads, writes = _rowsum(p, -(-p.N_q // most) * most)
+    statistics = w.visits * tile.Br + 4 * by_rows.Tr * rows.Br
+    reads |= {"Q": w.Q_rows * p.d + once, "dO": once + w.Q_rows * p.d + once, "L": statistics, "D": statistics}
+    keys = (kv_heads * p.N_k + heads * by_rows.K_rows) * p.d
+    gradients = {"dK": p.N_k * p.d, "dV": p.N_k * p.d}
+    reads, writes = _times(heads, reads), _times(heads, writes | {"dQ": once})
+    return reads | {"K": keys, "V": keys}, writes | _times(kv_heads, gradients)
+
+
+def _rowsum(p: Problem, rows: int):
+    """(reads, writes) of one head: L = LSE · log2 e and D = rowsum(dO ∘ O), for so many rows."""
+    return {"O": p.N_q * p.d, "dO": p.N_q * p.d, "LSE": p.N_q}, {"L": rows, "D": rows}
+
+
 FORMULAS: dict[str, Callable] = {
     "fwd_v1": fwd_v1,
     "fwd_v1_mma": fwd_v1,
@@ -155,6 +195,8 @@ FORMULAS: dict[str, Callable] = {
     "bwd_v1": bwd_v1,
     "bwd_v2": bwd_v2,
     "bwd_v2_deterministic": bwd_v2_deterministic,
+    "bwd_v2_mma": bwd_v2_mma,
+    "bwd_v2_mma_deterministic": bwd_v2_mma_deterministic,
 }
 
 
