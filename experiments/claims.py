@@ -91,7 +91,7 @@ def recorded(folder: Path) -> Evidence:
             evidence.lacking[name] = UNTESTED, f"no row of {name} is on record"
             continue
         try:
-            add(evidence, name, there[name], common.like_the_last(there[name].EXPERIMENT, rows))
+            add(evidence, name, there[name], common.runs(there[name].EXPERIMENT, rows)[0])
         except KeyError as missing:
             raise ValueError(f"--from {folder}: a row of {name} has no field {missing}, of an older version") from None
     evidence.bench = [row for row in records.read(folder / "bench.jsonl") if row["device"] == evidence.device]

@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import signal
-import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,14 +19,15 @@ import click
 import torch
 from tqdm import tqdm
 
-from sandbox import catalog, picture, records, target
+from sandbox import catalog, records, target
 from sandbox.device import simulator
 from sandbox.mask import Mask
-from sandbox.measure import counters, formulas, gate, timing
+from sandbox.measure import ahead, counters, formulas, gate, timing
 from sandbox.problem import Problem
 from sandbox.variant import Device, Infeasible, Tile
 
 from . import inputs
+from .report import report, runs, save_picture, unit_of  # noqa: F401  (for experiments, too)
 
 READ = ("Q", "K", "V", "O", "l", "m", "LSE", "mask", "dO", "dQ", "L", "D")
 WRITTEN = ("O", "l", "m", "LSE", "dQ", "dK", "dV", "L", "D")
@@ -47,6 +47,7 @@ class Experiment:
     plan       (device, **options) -> the points.  Raises ValueError, TypeError or Infeasible on bad input
     table      rows -> text; answer: rows -> the sentences that answer; draw: rows -> a matplotlib figure
     measure    point -> the fields of its row; the points of a simulated run are measured in several processes
+    part       row -> the word that its run's picture has beside the experiment's name, or ""; None for a row of all
     run        (out, fresh, force, **options) -> what `run` below returns: instead of a plan, to judge others' rows
     """
 
@@ -62,6 +63,7 @@ class Experiment:
     draw: Callable[[list[dict]], object]
     measure: Callable[[Point], dict] = None  # by default, the function of this name below
     key: tuple[str, ...] = ()  # by default, what Point.fields names
+    part: Callable[[dict], str] = lambda row: ""
     run: Callable[..., bool] = None  # by default, plan and measure
 
     def __post_init__(self):
@@ -94,6 +96,11 @@ class Point:
             "input": self.input, "B": p.B, "H": p.H, "N": p.N_q, "d": p.d, "dtype": p.dtype, "causal": p.mask.causal,
             "Br": self.tile.Br, "Bc": self.tile.Bc, "seed": self.seed, **self.notes, "infeasible": self.infeasible,
         }  # fmt: skip
+
+    def kernels(self) -> list[tuple]:
+        """(variant, Problem.kind, tile) of what is compiled for it."""
+        ours = not self.infeasible and self.variant.split(" ")[0] in catalog.variants()
+        return [(self.variant, self.problem.kind, self.tile)] if ours else []
 
     def seconds(self) -> float:
         """About how long the simulator takes."""
@@ -221,6 +228,8 @@ def collect(experiment: Experiment, out: Path, fresh: bool, force: bool, options
     if len(pending) < len(points):
         click.echo(f"  {len(points) - len(pending)} of {len(points)} points are on record; --fresh measures them again")
 
+    if not device.simulated:
+        _compile(pending, device)
     rows = {id(p): row for p, row in zip(points, on_record)}
     try:
         with tqdm(total=len(points), initial=len(points) - len(pending), unit="point", desc=experiment.name) as bar:
@@ -240,6 +249,13 @@ def collect(experiment: Experiment, out: Path, fresh: bool, force: bool, options
     return rows
 
 
+def _compile(points, device: Device):
+    """What the cache lacks of these points, several kernels at once: else each would be compiled where it is timed."""
+    wanted = [ahead.Wanted(*kernel) for p in points if hasattr(p, "kernels") for kernel in p.kernels()]
+    with tqdm(total=len(set(wanted)), unit="kernel", desc="compiling") as bar:
+        ahead.compile_all(wanted, device, progress=lambda done, of: bar.reset(of) or bar.update(done))
+
+
 def _count_bytes(measured: list[tuple[Point, dict]], log: records.Log):
     """Fills in what the hardware counters say about the launches that were timed: one child process for all of them."""
     lacking = [(p, row) for p, row in measured if p.count_bytes and row["seconds"] and row["dram_bytes"] is None]
@@ -254,36 +270,6 @@ def _count_bytes(measured: list[tuple[Point, dict]], log: records.Log):
         for name in ("dram_read_bytes", "dram_write_bytes", "dram_bytes", "l2_bytes") if one else ():
             row[name] = getattr(one, name)
         log.append(row)
-
-
-def report(experiment: Experiment, rows: list[dict], out: Path):
-    """Table, answer and picture, from the rows alone."""
-    click.echo("\n" + experiment.table(rows) + "\n")
-    for reason in dict.fromkeys(row["no_counters"] for row in rows if row.get("no_counters")):
-        click.echo(f"{reason}\n")
-    for line in experiment.answer(rows).splitlines():
-        indent = " " * (len(line) - len(line.lstrip()) + 2)
-        click.echo(textwrap.fill(line, 118, subsequent_indent=indent))
-    save_picture(experiment, rows, out)
-    click.echo("\nwritten: " + "  ".join(str(out / f"{experiment.name}.{end}") for end in ("jsonl", "csv", "png")))
-
-
-def save_picture(experiment: Experiment, rows: list[dict], out: Path):
-    """NAME.png, which appears at one instant."""
-    draft = out / f".{experiment.name}.{os.getpid()}.png"
-    figure = experiment.draw(rows)
-    try:
-        figure.savefig(draft)
-        os.replace(draft, out / f"{experiment.name}.png")
-    finally:
-        picture.plt.close(figure)
-        draft.unlink(missing_ok=True)
-
-
-def like_the_last(experiment: Experiment, rows: list[dict]) -> list[dict]:
-    """The rows that one run would report: those that differ from the last one in nothing but what varies."""
-    same = [name for name in (*experiment.key, "device") if name not in experiment.varies]
-    return [row for row in rows if all(row[name] == rows[-1][name] for name in same)]
 
 
 def _workers(points) -> int:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,12 +52,21 @@ class Walker:
     def __init__(self, p: Problem, tile: Tile):
         self.p, self.d, self.tile = p, p.d, tile
         self.seen = p.mask.seen(p.N_q, p.N_k)
+        rows, keys = np.arange(p.N_q + tile.Br)[:, None], np.arange(p.N_k + tile.Bc)
+        lo, hi = (x if abs(x) < p.N_q + p.N_k else 1000 * x for x in p.mask.band(p.N_q, p.N_k))  # or unbounded
+        self.band = (keys >= rows + lo) & (keys <= rows + hi)  # past the end, too
         self.row_blocks = [(i, min(i + tile.Br, p.N_q)) for i in range(0, p.N_q, tile.Br)]
         self.key_blocks = [(j, min(j + tile.Bc, p.N_k)) for j in range(0, p.N_k, tile.Bc)]
         self.reads, self.writes = Counter(), Counter()
 
     def touches(self, rows, keys) -> bool:
         return bool(self.seen[rows[0] : rows[1], keys[0] : keys[1]].any())
+
+    def whole_rows_touch(self, rows, keys) -> bool:
+        return bool(self.band[rows[0] : rows[0] + self.tile.Br, keys[0] : keys[1]].any())
+
+    def touch_whole_keys(self, rows, keys) -> bool:
+        return bool(self.band[rows[0] : rows[1], keys[0] : keys[0] + self.tile.Bc].any())
 
     def load(self, block, *arrays):
         self._tick(self.reads, block, arrays)
@@ -73,12 +83,12 @@ class Walker:
         return block[0], block[0] + self.tile.Br
 
 
-def walk_q_outer(w):
+def walk_q_outer(w, touches=Walker.touches):
     for _ in range(w.p.B * w.p.H):
         for rows in w.row_blocks:
             w.load(rows, "Q")
             for keys in w.key_blocks:
-                if w.touches(rows, keys):
+                if touches(w, rows, keys):
                     w.load(keys, "K", "V")
             w.store(rows, "O", "LSE")
 
@@ -182,7 +192,7 @@ def walk_dkdv_mma(w, add_dQ):
             w.load(keys, "K", "V")
             for _ in range(w.p.group):
                 for rows in w.row_blocks:
-                    if w.touches(rows, keys):
+                    if w.whole_rows_touch(rows, keys):
                         w.load(rows, "Q", "dO")
                         w.load(w.whole(rows), "L", "D")
                         if add_dQ:
@@ -212,7 +222,7 @@ def walk_bwd_v2_mma_deterministic(w):
             for _ in range(4):  # lanes that share a row
                 w.load(of_dQ.whole(rows), "L", "D")
             for keys in of_dQ.key_blocks:
-                if of_dQ.touches(rows, keys):
+                if of_dQ.touch_whole_keys(rows, keys):
                     w.load(keys, "K", "V")
             w.store(rows, "dQ")
 
@@ -223,8 +233,8 @@ WALKS = {
     "fwd_v2": walk_q_outer,
     "fwd_v2_one_block": walk_q_outer,
     "fwd_v2_normalised": walk_q_outer,
-    "fwd_v2_mma": walk_q_outer,
-    "fwd_v2_mma_split_k": walk_q_outer,
+    "fwd_v2_mma": lambda w: walk_q_outer(w, Walker.touch_whole_keys),
+    "fwd_v2_mma_split_k": lambda w: walk_q_outer(w, Walker.touch_whole_keys),
     "fwd_v3": walk_v3,
     "fwd_v2_kv_outer": lambda w: walk_kv_outer(w, skip=True),
     "bwd_v1": walk_bwd_v1,

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..mask import Mask
 from ..problem import Problem
 from ..variant import Tile
 from .traffic import Traffic
@@ -47,32 +48,48 @@ class Walk:
     visits: int
 
 
-def walk(p: Problem, tile: Tile) -> Walk:
+def walk(p: Problem, tile: Tile, rounded: bool = False) -> Walk:
+    """rounded: of a kernel that compares blocks: it visits a tile too that nobody sees but rows or keys past the end."""
     Br, Bc, N_q, N_k = tile.Br, tile.Bc, p.N_q, p.N_k
+    key_blocks, query_blocks = (_key_blocks, _query_blocks) if rounded else (Mask.key_blocks, Mask.query_blocks)
     Tr, Tc = -(-N_q // Br), -(-N_k // Bc)
     K_rows = Q_rows = blind_rows = blind = K_seen = visits = 0
     for i in range(Tr):
-        blocks = p.mask.key_blocks(i * Br, Br, Bc, N_q, N_k)
+        blocks = key_blocks(p.mask, i * Br, Br, Bc, N_q, N_k)
         K_rows += min(blocks.stop * Bc, N_k) - blocks.start * Bc if blocks else 0
         blind_rows += 0 if blocks else min(Br, N_q - i * Br)
         blind += not blocks
     for j in range(Tc):
-        blocks = p.mask.query_blocks(j * Bc, Br, Bc, N_q, N_k)
+        blocks = query_blocks(p.mask, j * Bc, Br, Bc, N_q, N_k)
         Q_rows += min(blocks.stop * Br, N_q) - blocks.start * Br if blocks else 0
         K_seen += min(Bc, N_k - j * Bc) if blocks else 0
         visits += len(blocks)
     return Walk(Tr, Tc, K_rows, Q_rows, blind_rows, blind, K_seen, visits)
 
 
+def _key_blocks(mask: Mask, i0: int, Br: int, Bc: int, N_q: int, N_k: int) -> range:
+    lo, hi = mask.band(N_q, N_k)
+    return range(max(0, i0 + lo) // Bc, -(-min(N_k, min(i0 + Br, N_q) + hi) // Bc))
+
+
+def _query_blocks(mask: Mask, j0: int, Br: int, Bc: int, N_q: int, N_k: int) -> range:
+    lo, hi = mask.band(N_q, N_k)
+    return range(max(0, j0 - hi) // Br, -(-min(N_q, min(j0 + Bc, N_k) - lo) // Br))
+
+
 # ---- forward: (reads, writes) of the whole launch ------------------------------------------------------------------
 
 
-def fwd_q_outer(p: Problem, tile: Tile):
-    """fwd_v2, fwd_v2_one_block, fwd_v2_mma: Q once, O once; K and V again for every row block."""
-    w, heads = walk(p, tile), p.B * p.H
+def fwd_q_outer(p: Problem, tile: Tile, rounded: bool = False):
+    """fwd_v2, fwd_v2_one_block: Q once, O once; K and V again for every row block."""
+    w, heads = walk(p, tile, rounded), p.B * p.H
     reads = {"Q": p.N_q * p.d, "K": w.K_rows * p.d, "V": w.K_rows * p.d}
     writes = {"O": p.N_q * p.d, "LSE": p.N_q}
     return _times(heads, reads), _times(heads, writes)
+
+
+def fwd_v2_mma(p: Problem, tile: Tile):
+    return fwd_q_outer(p, tile, rounded=True)
 
 
 def fwd_v3(p: Problem, tile: Tile):
@@ -147,7 +164,7 @@ def bwd_v2_deterministic(p: Problem, tile: Tile):
 
 def bwd_v2_mma(p: Problem, tile: Tile):
     """As bwd_v2, but L and D, and dQ while it is summed, have whole row blocks; dQ = 0 is written before, unasked."""
-    w, heads, kv_heads = walk(p, tile), p.B * p.H, p.B * p.H_kv
+    w, heads, kv_heads = walk(p, tile, rounded=True), p.B * p.H, p.B * p.H_kv
     once, all_rows = p.N_q * p.d, w.Tr * tile.Br
     reads, writes = _rowsum(p, all_rows)
     visited = w.visits * tile.Br  # whole row blocks, past the end too
@@ -166,7 +183,8 @@ def bwd_v2_mma_deterministic(p: Problem, tile: Tile):
 
     of_dQ = chosen_dQ(p, tile)
     rows = Tile(of_dQ.rows * of_dQ.warps, of_dQ.keys)
-    w, by_rows, heads, kv_heads = walk(p, tile), walk(p, rows), p.B * p.H, p.B * p.H_kv
+    w, by_rows = (walk(p, one, rounded=True) for one in (tile, rows))
+    heads, kv_heads = p.B * p.H, p.B * p.H_kv
     once, most = p.N_q * p.d, max(tile.Br, rows.Br)
     reads, writes = _rowsum(p, -(-p.N_q // most) * most)
     statistics = w.visits * tile.Br + 4 * by_rows.Tr * rows.Br
@@ -188,8 +206,8 @@ FORMULAS: dict[str, Callable] = {
     "fwd_v2": fwd_q_outer,
     "fwd_v2_one_block": fwd_q_outer,
     "fwd_v2_normalised": fwd_q_outer,
-    "fwd_v2_mma": fwd_q_outer,
-    "fwd_v2_mma_split_k": fwd_q_outer,
+    "fwd_v2_mma": fwd_v2_mma,
+    "fwd_v2_mma_split_k": fwd_v2_mma,
     "fwd_v2_kv_outer": fwd_v2_kv_outer,
     "fwd_v3": fwd_v3,
     "bwd_v1": bwd_v1,
