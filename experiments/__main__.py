@@ -82,9 +82,9 @@ def draw_command(experiment) -> click.Command:
             raise click.UsageError(str(error)) from None
         if not rows:
             raise click.UsageError(f"nothing is on record in {out}: run {experiment.name} first")
-        for run in common.runs(experiment, rows):
-            records.Log(out, experiment.name, experiment.key).finish(run)
-            common.report(experiment, run, out)
+        for last in common.runs(experiment, rows):
+            records.Log(out, experiment.name, experiment.key).finish(last)
+            common.report(experiment, last, out)
 
     return draw
 

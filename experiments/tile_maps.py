@@ -27,27 +27,39 @@ def draw(rows: list[dict]):
         bottom = (0.85 + 2.95 * (len(maps) - 1 - line)) / height
         for column, name in enumerate(kernels):
             axes = figure.add_axes((0.045 + 0.67 * column / len(kernels), bottom, 0.57 / len(kernels), 2.0 / height))
-            _map(axes, [row for row in rows if row["variant"] == name], what, value, words)
+            _map(axes, _of(rows, name), what, value, words)
             axes.set_ylabel("Br" if column == 0 else "", labelpad=4, rotation=0, va="center", ha="right")
         _curve(figure.add_axes((0.765, bottom, 0.135, 2.0 / height)), rows, kernels, what, value, words)
-    key = "boxed: what choose_tile takes" + (" · bold: the least" if len(maps) == 2 else "")
-    figure.text(0.045, 0.12 / height, f"{key} · empty: does not fit", fontsize=9.5, color=picture.GREY)
+    key = "boxed: what choose_tile takes" + (" · bold: the least" if len(maps) == 2 else "") + " · empty: does not fit"
+    key += " · –: not tried" if any(map(untried, (_of(rows, name) for name in kernels))) else ""
+    figure.text(0.045, 0.12 / height, key, fontsize=9.5, color=picture.GREY)
     return figure
 
 
+def _of(rows: list[dict], name: str) -> list[dict]:
+    return [row for row in rows if row["variant"] == name]
+
+
+def untried(rows: list[dict]) -> set[tuple[int, int]]:
+    """(Br, Bc) of a map's cells that have no row."""
+    everything = {(Br["Br"], Bc["Bc"]) for Br in rows for Bc in rows}
+    return everything - {(row["Br"], row["Bc"]) for row in rows}
+
+
 def _title(rows, kernels) -> str:
-    name = "fwd_v2" if "fwd_v2" in kernels else kernels[0]
+    name = next((name for name in kernels if name.startswith("fwd_v2")), kernels[0])
     ours = measured(rows, name)
     held = stays(ours[0])
     small, large = min(ours, key=lambda row: row[held]), max(ours, key=lambda row: row[held])
     fewer = ratio(total(small) / total(large), "fewer accesses", "more accesses")
-    title = (
-        f"The block that stays on chip sets the traffic: {name}, {held} from {small[held]} to {large[held]}, {fewer}"
-    )
+    title = "The block that stays on chip sets the traffic:"
+    title += "\n" if len(name) > 6 else " "
+    title += f"{name}, {held} from {small[held]} to {large[held]}, {fewer}"
     timed = [row for row in ours if row["seconds"]]
     if timed:
         best = min(timed, key=lambda row: row["seconds"])
-        title += f",\n{'yet' if best[held] < large[held] else 'and'} the fastest tile is {tile_of(best)}"
+        title += "," + (" " if "\n" in title else "\n")
+        title += f"{'yet' if best[held] < large[held] else 'and'} the fastest tile is {tile_of(best)}"
     return title
 
 
@@ -80,10 +92,8 @@ def _map(axes, rows, what, value, words):
             )
         if row["chosen"]:
             axes.add_patch(picture.frame(x, y))
-    known = {(row["Br"], row["Bc"]) for row in rows}
-    for y, x in np.argwhere(np.isnan(cells)):
-        if (down[y], across[x]) not in known:
-            axes.text(x, y, "not run", ha="center", va="center", fontsize=9.5, color=picture.GREY)
+    for Br, Bc in untried(rows):
+        axes.text(across.index(Bc), down.index(Br), "–", ha="center", va="center", fontsize=9.5, color=picture.GREY)
     axes.set_xticks(range(len(across)), across)
     axes.set_yticks(range(len(down)), down)
     axes.tick_params(length=0)
@@ -112,7 +122,7 @@ def _curve(axes, rows, kernels, what, value, words):
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     sizes = sorted({row[stays(row)] for row in rows})
-    axes.set_xticks(sizes, sizes)
+    axes.set_xticks(sizes, [size if size & (size - 1) == 0 else "" for size in sizes])  # powers of two have room
     picture.round_ticks(axes, words)
     axes.grid(axis="y")
     axes.set_xlabel("rows of the block that stays", labelpad=2)

@@ -17,7 +17,7 @@ from sandbox.variant import Device, Infeasible, Tile
 
 from . import common, inputs, units
 from .common import Experiment, count, total
-from .tile_answer import answer, claim_3, claims, names, over_theorem, slower_by  # noqa: F401  (for the claims' table)
+from .tile_answer import answer, claims, over_theorem  # noqa: F401  (claims: for the claims' table)
 from .tile_maps import draw
 from .units import FMA, TENSOR
 

@@ -14,15 +14,15 @@ from sandbox import catalog
 from sandbox.measure import formulas, standard
 from sandbox.variant import SIMULATOR
 
-from . import loop_order, memory, online_softmax, tile_size
+from . import loop_answer, memory, online_softmax, tile_answer
 from .common import count, gigabytes, milliseconds, total
 
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
 NOT_HERE, UNTESTED = "not measurable here", "not yet tested"
 VERDICTS = (HOLDS, IN_PART, FAILS, NOT_HERE, UNTESTED)
 LONGER = {  # what experiments say more precisely: the precision is in their reason too
-    "holds for thread blocks": IN_PART, "does not show": FAILS, "does not hold with this tile": FAILS,
-    "does not hold with these tiles": FAILS, "not asked here": UNTESTED,
+    "holds for thread blocks": IN_PART, "holds for warps": IN_PART, "does not show": FAILS,
+    "does not hold with this tile": FAILS, "does not hold with these tiles": FAILS, "not asked here": UNTESTED,
 }  # fmt: skip
 
 
@@ -239,8 +239,8 @@ def merged(rows) -> str:
 
 
 def saved(rows) -> str:
-    facts = loop_order.Facts.of(rows)
-    v1, std = facts["fwd_v1"], facts.rows.get((standard.NAME, "fwd"), {})
+    facts = loop_answer.Facts.of(rows)
+    v1, std = facts.v1, facts.rows.get((standard.NAME, "fwd"), {})
     text = f"{count(formulas.standard(facts.problem).total)} → {count(total(v1))} accesses"
     if std.get("dram_bytes") and v1["dram_bytes"]:
         text = f"{gigabytes(std['dram_bytes'])} → {gigabytes(v1['dram_bytes'])}"
@@ -248,23 +248,25 @@ def saved(rows) -> str:
 
 
 def fused(rows) -> str:
-    facts = loop_order.Facts.of(rows)
-    v1, S = facts["fwd_v1"], 4 * facts.row["B"] * facts.row["H"] * facts.N**2
+    facts = loop_answer.Facts.of(rows)
+    v1, S = facts.v1, 4 * facts.row["B"] * facts.row["H"] * facts.N**2
     if v1["dram_bytes"]:
         return f"{gigabytes(v1['dram_bytes'])}; S and P alone: {gigabytes(S * facts.problem.itemsize)}"
     return f"{count(total(v1))} accesses; S and P alone: {count(S)}"
 
 
 def swapped(rows) -> str:
-    return f"{loop_order.Facts.of(rows).fewer(*loop_order.CONTROLS):.2f} × fewer accesses"
+    facts = loop_answer.Facts.of(rows)
+    return f"{facts.fewer(*facts.kernels.loop):.2f} × fewer accesses"
 
 
 def side_by_side(rows) -> str:
-    return f"{loop_order.Facts.of(rows).faster('fwd_v2_one_block', 'fwd_v2'):.2f} × faster by the grid"
+    facts = loop_answer.Facts.of(rows)
+    return f"{facts.faster(*facts.kernels.forward[-2:]):.2f} × faster by the {facts.kernels.last}"
 
 
 def chosen(rows) -> str:
-    behind = [tile_size.slower_by(rows, name) for name in tile_size.names(rows) if "v2" in name]
+    behind = [tile_answer.slower_by(rows, name) for name in tile_answer.names(rows) if "v2" in name]
     return f"the chooser within {max(slower for slower in behind if slower is not None):.1%} of the best"
 
 
