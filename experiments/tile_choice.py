@@ -1,0 +1,265 @@
+"""How far from the best is the tile that choose_tile takes, on shapes that it was not tuned on?
+
+At each shape every tile of the kernel is timed, in turns, beside the chosen one.  The kernels on the tensor cores were
+tuned on an H200 at d 32, 64, 96, 128, 160 and 192, each with or without a causal mask, N 512, 2048 and 8192, 4 to 160
+heads; none of the shapes below is among them, nor are most of their pairs of d and mask.
+
+Each tile passes the gate at a small shape of its kind first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import click
+import torch
+
+from sandbox import catalog, picture, reference, target
+from sandbox.choose import choose_tile
+from sandbox.mask import Mask
+from sandbox.measure import gate, timing
+from sandbox.problem import Problem
+from sandbox.variant import Device, Infeasible, Tile, Variant
+
+from . import common, inputs
+from .common import Experiment
+
+SHAPES = {  # (d, causal, B·H, N)
+    "fwd": (
+        (48, False, 6, 700), (48, False, 40, 3000), (64, True, 12, 1024), (64, True, 100, 4096), (80, True, 24, 3000),
+        (80, True, 132, 1024), (112, False, 6, 1024), (112, False, 24, 3000), (112, False, 16, 6000),
+        (160, True, 12, 3000), (160, True, 80, 1024), (256, False, 6, 3000), (256, False, 48, 1024),
+    ),
+    "bwd": (
+        (48, True, 24, 3000), (64, False, 6, 1024), (64, False, 100, 1024), (80, False, 24, 3000), (96, True, 12, 1024),
+        (96, True, 40, 3000), (128, False, 6, 3000), (128, False, 48, 1024), (256, True, 24, 3000),
+    ),
+}  # fmt: skip
+VARIANTS = ("fwd_v2_mma", "bwd_v2_mma")
+NEAR = 0.03  # of the best: what the chooser is to come within
+GATED = dict(B=1, H=2, H_kv=2, N_q=333, N_k=333)
+BUDGET_S = 0.03  # of launches of each tile
+KEY = ("variant", "direction", "dtype", "B", "H", "N", "d", "causal", "seed")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A kernel at a shape; `infeasible` says why it has no tile there, or is None."""
+
+    variant: Variant
+    problem: Problem
+    seed: int
+    tiles: tuple[Tile, ...] = ()
+    misfits: tuple[tuple[str, str], ...] = ()  # tile, and why it does not fit
+    chosen: Tile | None = None
+    infeasible: str | None = None
+    count_bytes: bool = False
+
+    def fields(self) -> dict:
+        p, tile = self.problem, self.chosen
+        return {
+            "variant": self.variant.name, "direction": self.variant.direction, "dtype": p.dtype, "B": p.B, "H": p.H,
+            "N": p.N_q, "d": p.d, "causal": p.mask.causal, "seed": self.seed, "Br": tile and tile.Br,
+            "Bc": tile and tile.Bc, "infeasible": self.infeasible,
+        }  # fmt: skip
+
+    def kernels(self) -> list[tuple]:
+        return [(self.variant.name, self.problem.kind, tile) for tile in self.tiles]
+
+
+def plan(device: Device, variant, seqlen, head_dim, heads, mask, dtype, seed):
+    if device.simulated:
+        raise ValueError("tile_choice has nothing to time without a GPU: the simulator's time says nothing about one")
+    points = []
+    for kernel in map(catalog.find, dict.fromkeys(variant or VARIANTS)):
+        if kernel.direction == "softmax":
+            raise ValueError(f"--variant {kernel.name}: it has no tile")
+        for d, causal, H, N in shapes(kernel.direction, seqlen, head_dim, heads, mask):
+            points.append(point(kernel, Problem(1, H, H, N, N, d, dtype, mask=Mask(causal)), seed, device))
+    if all(one.infeasible for one in points):
+        raise ValueError(f"no tile fits: {points[0].infeasible}")
+    return points
+
+
+def shapes(direction: str, seqlen, head_dim, heads, mask):
+    """The list above, or all pairs of what is asked for."""
+    if not (seqlen or head_dim or heads or mask):
+        return SHAPES[direction]
+    masks = [causal for causal in (False, True) if mask in (None, "both", "causal" if causal else "none")]
+    asked = (head_dim or (80, 112), masks, heads or (4, 24, 132), seqlen or (512, 3000))
+    return [(d, causal, H, N) for d in asked[0] for causal in asked[1] for H in asked[2] for N in asked[3]]
+
+
+def point(kernel: Variant, problem: Problem, seed: int, device: Device) -> Point:
+    tiles = list(kernel.space(problem, device))
+    fits = [tile for tile in tiles if isinstance(tile, Tile)]
+    misfits = tuple((str(m.tile), m.reason) for m in tiles if isinstance(m, Infeasible) and m.tile)
+    try:
+        chosen = choose_tile(problem, device, kernel)
+    except Infeasible as reason:
+        return Point(kernel, problem, seed, misfits=misfits, infeasible=reason.reason)
+    return Point(kernel, problem, seed, tuple(dict.fromkeys([*fits, chosen])), misfits, chosen)
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+MEASURED = ("gate", "best", "behind", "seconds", "tflops", "tried", "ms", "misfits")
+
+
+def measure(point: Point) -> dict:
+    """ms: tile -> milliseconds; behind: the chosen tile's over the least, less 1; misfits: tile -> why it cannot."""
+    row = dict.fromkeys(MEASURED) | {"misfits": dict(point.misfits)}
+    if point.infeasible:
+        return row
+    device, small = target.device(), replace(point.problem, **GATED)
+    given, sound = inputs.make("gauss", small, point.seed), []
+    for tile in point.tiles:
+        try:
+            verdict = gate.check(point.variant, small, tile, given, device)
+        except Infeasible as misfit:  # found by the compiler: too many registers, say
+            row["misfits"][str(tile)] = misfit.reason
+            continue
+        if not verdict.passed:
+            return row | {"gate": f"failed: {tile}: {verdict.why}"}
+        sound.append(tile)
+    row |= {"gate": "passed", "tried": len(sound)}
+    if not sound:
+        return row | {"infeasible": "no tile runs"}
+    times = timing.time_together(launches(point, sound, device), BUDGET_S)
+    torch.cuda.empty_cache()
+    ms = {str(tile): t.ms for tile, t in zip(sound, times, strict=True)}
+    best, chosen = min(ms, key=ms.get), str(point.chosen)
+    row |= {"best": best, "ms": ms, "seconds": ms[best] * 1e-3}
+    row["tflops"] = point.problem.flops(point.variant.direction) / ms[best] * 1e-9
+    return row | {"behind": ms[chosen] / ms[best] - 1 if chosen in ms else None}
+
+
+def launches(point: Point, tiles: list[Tile], device: Device) -> list:
+    """One of each tile, all on the same tensors; O and LSE are the oracle's."""
+    p, x = point.problem, inputs.make("gauss", point.problem, point.seed)
+    O, LSE = reference.forward(p, x.q, x.k, x.v)
+    seen = torch.ones((), dtype=torch.bool, device=x.q.device).expand(p.B, p.H, 1, 1)
+    args = [x.q, x.k, x.v, seen, O.to(x.q.dtype), LSE.float()]
+    if point.variant.direction == "bwd":
+        args += [x.dO, *(torch.empty_like(y) for y in (x.q, x.k, x.v))]
+
+    def launch(tile):
+        run = point.variant.launcher(p, tile, device)
+        return lambda: run(p, *args)
+
+    return [launch(tile) for tile in tiles]
+
+
+# ---- what the rows say ----------------------------------------------------------------------------------------------
+
+
+def judged(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["gate"] == "passed" and row["behind"] is not None]
+
+
+def near(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["behind"] <= NEAR]
+
+
+def shape(row: dict) -> str:
+    heads = row["B"] * row["H"]
+    return f"d={row['d']} {'causal' if row['causal'] else 'full'}, N={row['N']}, {heads} heads"
+
+
+def answer(rows: list[dict]) -> str:
+    lines = [line for name in dict.fromkeys(row["variant"] for row in rows) if (line := on(rows, name))]
+    if missing := [row for row in rows if row["gate"] == "passed" and row["behind"] is None]:
+        lines.append(f"{missing[0]['variant']}, {shape(missing[0])}: the chooser's tile did not run.")
+    return "\n".join(["How far from the best is the tile that choose_tile takes?", *(f"  {line}" for line in lines)])
+
+
+def on(rows: list[dict], name: str) -> str | None:
+    ours = judged([row for row in rows if row["variant"] == name])
+    if not ours:
+        return None
+    worst, mean = max(ours, key=lambda row: row["behind"]), sum(row["behind"] for row in ours) / len(ours)
+    text = f"{name}: within {NEAR:.0%} of the best of all tiles at {len(near(ours))} of {len(ours)} shapes, {mean:.1%} "
+    text += "slower in the mean"
+    if worst["behind"]:
+        text += f"; furthest at {shape(worst)}: {worst['Br']}x{worst['Bc']} is {worst['behind']:.1%} slower than "
+        text += worst["best"]
+    return text + "."
+
+
+def table(rows: list[dict]) -> str:
+    columns = [
+        ("variant", lambda row: row["variant"]),
+        ("d", lambda row: row["d"]),
+        ("mask", lambda row: "causal" if row["causal"] else "none"),
+        ("N", lambda row: row["N"]),
+        ("B·H", lambda row: row["B"] * row["H"]),
+        ("tiles\nrun", lambda row: row["tried"]),
+        ("chosen", lambda row: row["Br"] and f"{row['Br']}x{row['Bc']}"),
+        ("best", lambda row: row["best"]),
+        ("slower\nby", lambda row: None if row["behind"] is None else f"{row['behind']:.1%}"),
+        ("best's\nTFLOP/s", lambda row: row["tflops"] and f"{row['tflops']:.0f}"),
+        ("gate", lambda row: row["gate"]),
+        ("cannot run", lambda row: row["infeasible"]),
+    ]
+    return common.table(rows, columns)
+
+
+# ---- picture --------------------------------------------------------------------------------------------------------
+
+
+def draw(rows: list[dict]):
+    """A bar for each shape: by how much the chosen tile is slower than the best; the line that it is to stay below."""
+    ours = judged(rows)
+    where = (
+        f"{rows[-1]['device']} · {rows[-1]['dtype']} · Gaussian input · revision {rows[-1]['revision'] or 'unknown'}"
+    )
+    if not ours:
+        return picture.page("Nothing to compare: no tile ran and passed the gate", where, (12, 1.2))
+    names = list(dict.fromkeys(row["variant"] for row in ours))
+    title = f"The chooser's tile is within {NEAR:.0%} of the best at {len(near(ours))} of {len(ours)} shapes that\n"
+    title += "it was not tuned on"
+    height = 1.9 + 0.27 * (len(ours) + 1.5 * len(names))
+    figure, widest = picture.page(title, where, (11, height)), max(0.05, *(row["behind"] for row in ours))
+    axes = figure.add_axes((2.9 / 11, 0.55 / height, 5.2 / 11, 1 - 1.7 / height))
+    y, ticks = 0.0, []
+    for name in names:
+        axes.text(0, y, name, va="center", fontweight="bold", fontsize=11)
+        for row in (row for row in ours if row["variant"] == name):
+            y += 1
+            color = picture.BLUE if row["behind"] <= NEAR else picture.VERMILION
+            axes.barh(y, 100 * row["behind"], 0.66, color=color)
+            words = f" {row['behind']:.1%}  {row['Br']}x{row['Bc']}"
+            words += f", best {row['best']}" if row["behind"] else ", the best"
+            axes.text(100 * row["behind"], y, words, va="center", fontsize=9.5)
+            ticks.append((y, shape(row)))
+        y += 1.5
+    axes.axvline(100 * NEAR, color=picture.GREY, linestyle="--", linewidth=1.2)
+    axes.set(xlim=(0, 100 * widest * 1.05), ylim=(y - 0.9, -0.7))
+    axes.set_yticks([at for at, _ in ticks], [words for _, words in ticks], color=picture.INK, fontsize=9.5)
+    axes.tick_params(length=0)
+    axes.set_xlabel("slower than the best of all tiles, %; dashed: the bar")
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="tile_choice",
+    question="How far from the best is the tile that choose_tile takes, on shapes that it was not tuned on?",
+    fixed="input, shape, kernel",
+    factor="the tile: the chosen one, and every other one that fits",
+    varies=("variant", "direction", "B", "H", "N", "d", "causal"),
+    options=(
+        click.option("--variant", multiple=True, help=f"One or several; {', '.join(VARIANTS)}."),
+        common.integers("--seqlen", help="N; with any of these four, all their pairs instead of the usual shapes."),
+        common.integers("--head-dim", help="d, one or several; else 80,112."),
+        common.integers("--heads", help="H, one or several; else 4,24,132."),
+        click.option("--mask", type=click.Choice(["none", "causal", "both"]), help="Else both."),
+        click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="bf16", show_default=True),
+        common.SEED,
+    ),
+    plan=plan,
+    table=table,
+    answer=answer,
+    draw=draw,
+    measure=measure,
+    key=KEY,
+)
