@@ -36,7 +36,7 @@ def plan(device: Device, input, seqlen, head_dim, br, bc, batch, heads, causal, 
     input = "minilm" if real else "gauss"
     unit, dtype = units.settle(unit, dtype)
     d = head_dim or (32 if real else 64 if unit == FMA else 128)
-    size = 32 if device.simulated or unit != FMA and d > 128 else 64
+    size = 64 if not device.simulated and (unit == FMA or d in (32, 64, 128)) else 32  # split-K has no room for 64
     tile = Tile(br or size, bc or (32 if device.simulated else 64))
     simulated = (64, 128, 192) if unit == FMA else (32, 64, 96)
     seqlen = seqlen or (simulated if device.simulated else (512,) if real else (1024, 2048, 4096, 8192, 16384))

@@ -216,8 +216,9 @@ def draw(rows: list[dict]):
     if not ours:
         return picture.page("Nothing to compare: no tile ran and passed the gate", where, (12, 1.2))
     names = list(dict.fromkeys(row["variant"] for row in ours))
-    title = f"The chooser's tile is within {NEAR:.0%} of the best at {len(near(ours))} of {len(ours)} shapes that\n"
-    title += "it was not tuned on"
+    title = f"The chooser's tile is within {NEAR:.0%} of the best\nat {len(near(ours))} of {len(ours)} shapes"
+    if all((row["d"], row["causal"], row["B"] * row["H"], row["N"]) in SHAPES[row["direction"]] for row in ours):
+        title += " that it was not tuned on"
     height = 1.9 + 0.27 * (len(ours) + 1.5 * len(names))
     figure, widest = picture.page(title, where, (11, height)), max(0.05, *(row["behind"] for row in ours))
     axes = figure.add_axes((2.9 / 11, 0.55 / height, 5.2 / 11, 1 - 1.7 / height))

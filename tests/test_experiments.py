@@ -101,7 +101,7 @@ def test_what_only_times_wants_a_gpu(tmp_path, capsys):
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [[], ["--causal", "--heads", "2", "--batch", "2", "--dtype", "fp16"]])
+@pytest.mark.parametrize("more", [[], ["--causal", "--heads", "2", "--batch", "2", "--dtype", "fp16", "--unit", "fma"]])
 def test_loop_order_counts_what_the_formula_says(more, tmp_path, capsys):
     assert run("loop_order", *SMALL, "--seqlen", "7,18", *more, "--out", tmp_path) == 0
     rows = kernels(read(tmp_path))

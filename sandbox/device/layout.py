@@ -6,11 +6,14 @@ by `columns`, d / side; of dQ, to which all keys contribute, rows_dQ x columns_d
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 
 from ..problem import Problem
 from ..variant import Device, Infeasible, Tile, Unsupported
+from .estimate import Pace, steps_along_rows
 from .mma import Shared16
 
 TILES = (
@@ -127,6 +130,17 @@ def check(name: str, other: str, problem: Problem, tile: Tile, device: Device, *
         raise Infeasible(tile, f"needs {need:,} B of shared memory, each of {a.blocks} blocks has {have:,} B")
 
 
+def usual_tile(name: str, other: str, problem: Problem, device: Device) -> Tile:
+    """The tile of the least estimated time, of the largest that fits and those that leave registers to spare: ptxas has
+    others spill.  Raises Unsupported."""
+    tile = largest(name, other, problem, device)
+    if device.simulated or problem.softcap > 0:
+        return tile
+    heads, known = problem.B * problem.H_kv, paces(name, other, problem.kind, device)
+    times = {tile: pace.clocks(steps_along_rows(problem, tile), heads, device) for tile, pace in known.items()}
+    return min(times, key=times.get)
+
+
 def largest(name: str, other: str, problem: Problem, device: Device) -> Tile:
     """The largest tile that fits.  Raises Unsupported."""
     small = [Tile(32, 16), Tile(16, 16), Tile(64, 16), Tile(32, 32)]
@@ -139,6 +153,30 @@ def largest(name: str, other: str, problem: Problem, device: Device) -> Tile:
         except Infeasible as found:
             reason = found.reason
     raise Unsupported(f"{name} takes no head_dim {problem.d} ({reason}): {other} does")
+
+
+@cache
+def paces(name: str, other: str, problem: Problem, device: Device) -> dict[Tile, Pace]:
+    """Of the largest tile that fits, and of those with 32 registers a thread to spare."""
+    found = {}
+    for tile in (largest(name, other, problem, device), *TILES):
+        with suppress(Infeasible):
+            check(name, other, problem, tile, device)
+            if not found or chosen(problem, tile, device).registers(False) <= REGISTERS - 32:
+                found[tile] = pace(problem, tile, device)
+    return found
+
+
+def pace(problem: Problem, tile: Tile, device: Device) -> Pace:
+    """Fitted to all tiles of bwd_v2_mma at 30 shapes on an H200: bf16, d 32 to 192, N 512 to 8 Ki, 4 to 64 heads; the
+    tile of the least estimate was 0.6 % slower than the best in the mean, 6 % at most."""
+    a, d, Br, Bc = chosen(problem, tile, device), problem.d, tile.Br, tile.Bc
+    parts = Br // (a.side * a.queries)  # of a step, in each of which a warp scores its queries
+    scores = 4 * (a.rows + a.queries) * d  # bytes of shared memory that it reads for Sᵀ and dPᵀ, then for dV and dK
+    own = 4 * a.side * a.queries * a.columns + 4 * (a.side - 1) * a.rows * a.queries
+    reads = a.warps * (parts * (scores + own) + 2 * Bc * (a.rows_dQ + a.columns_dQ)) + 2 * Bc * Br * min(2, a.side)
+    busy = 23 * a.barriers + 146 * parts + (0.0113 * Br * Bc * d + 0.021 * reads + 0.23 * Br * d) / a.warps
+    return Pace(a.warps, a.blocks, busy, 0, 6600 + 0.44 * Bc * d)
 
 
 @dataclass(frozen=True)

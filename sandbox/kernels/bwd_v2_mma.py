@@ -24,7 +24,7 @@ from numba import cuda, float32, int16, int32, uint32
 from ..device import Launch, device_function, scratch, zeros
 from ..device.columns import Columns
 from ..device.launch import addressable
-from ..device.layout import TILES, Switches, check, chosen, largest  # noqa: F401  (Switches: for the catalog)
+from ..device.layout import TILES, Switches, check, chosen, usual_tile  # noqa: F401  (Switches: for the catalog)
 from ..device.mma import Shared16, Warps
 from ..device.ptx import add_four, commit_group, copy_four, here, read_four, wait_group
 from ..device.rows import ALL, NONE, Rows
@@ -35,7 +35,7 @@ from ..variant import Variant
 
 L2_BYTES = 32 << 20  # of Q, dO and dQ that are worked on at a time
 NAMES = "bwd_v2_mma", "bwd_v2"
-fit, usual = partial(check, *NAMES), partial(largest, *NAMES)
+fit, usual = partial(check, *NAMES), partial(usual_tile, *NAMES)
 
 
 def build(problem, tile, device, **turned):

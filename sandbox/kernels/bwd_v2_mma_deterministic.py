@@ -13,7 +13,7 @@ from numba import cuda, float32, int16, int32, uint32
 from ..device import Launch, device_function, scratch
 from ..device.columns import Columns
 from ..device.launch import addressable
-from ..device.layout import TILES, Switches, check, chosen, chosen_dQ, largest  # noqa: F401  (Switches: for the catalog)
+from ..device.layout import TILES, Switches, check, chosen, chosen_dQ, usual_tile  # noqa: F401  (Switches: for the catalog)
 from ..device.mma import MMA, Warps
 from ..device.ptx import commit_group, copy_four, fma, here, wait_group
 from ..device.rows import ALL, NONE, Rows
@@ -24,7 +24,7 @@ from ..variant import Variant
 
 L2_BYTES = 32 << 20  # of Q and dO, or of K and V, that are worked on at a time
 NAMES = "bwd_v2_mma_deterministic", "bwd_v2_deterministic"
-fit, usual = partial(check, *NAMES), partial(largest, *NAMES)
+fit, usual = partial(check, *NAMES), partial(usual_tile, *NAMES)
 
 
 def build(problem, tile, device, **turned):

@@ -49,7 +49,7 @@ class Walk:
 
 
 def walk(p: Problem, tile: Tile, rounded: bool = False) -> Walk:
-    """rounded: of a kernel that compares blocks: it visits a tile too that nobody sees but rows or keys past the end."""
+    """rounded: of a kernel that compares blocks: it visits a tile, too, that only rows or keys past the end see."""
     Br, Bc, N_q, N_k = tile.Br, tile.Bc, p.N_q, p.N_k
     key_blocks, query_blocks = (_key_blocks, _query_blocks) if rounded else (Mask.key_blocks, Mask.query_blocks)
     Tr, Tc = -(-N_q // Br), -(-N_k // Bc)

@@ -1,0 +1,73 @@
+"""About how long a tile takes: what kernels on the tensor cores compare to choose the tile they usually take.
+
+A block keeps its rows (of Q forward, of K and V backward) and walks along the others, step by step.  In a step a warp
+is busy for some clocks, which the warps that share its quarter of a multiprocessor add up, and waits for others, which
+they hide.  The more a block keeps, the less often the others are read; the less, the more blocks there are to fill the
+multiprocessors with, and evenly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..problem import Problem
+from ..variant import Device, Tile
+
+ALONE, LAST = 1.2, 0.3  # of a mean block's steps at the end of a grid: beside no other block; beside fewer
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Of a tile; in clocks.
+
+    warps   of a block; blocks: that a multiprocessor has room for
+    busy    that a warp is in a step; waits: that it waits in it, where nothing else is there to do
+    edges   of a block: before its first step and after its last
+    """
+
+    warps: int
+    blocks: int
+    busy: float
+    waits: float
+    edges: float
+
+    def step(self, blocks: int) -> float:
+        """Clocks of a step, where so many blocks share a multiprocessor."""
+        quarter = -(-blocks * self.warps // 4)  # warps
+        return ((self.busy * quarter) ** 3 + (self.busy + self.waits) ** 3) ** (1 / 3)
+
+    def clocks(self, steps: np.ndarray, heads: int, device: Device) -> float:
+        """Of a grid whose blocks have so many steps in each head."""
+        blocks, most, mean = heads * len(steps), int(steps.max(initial=0)), float(steps.mean()) if len(steps) else 0.0
+        together = max(1, min(self.blocks, -(-blocks // device.sms)))
+        if most == mean:
+            waves, rest = divmod(blocks, device.sms * self.blocks)
+            whole = waves * (most * self.step(self.blocks) + self.edges)
+            return whole + (most * self.step(-(-rest // device.sms)) + self.edges) * (rest > 0)
+        # Those of most steps come first: all multiprocessors end at about the same time, with less and less to do
+        alone, each = self.step(1), self.step(together) / together
+        even = blocks * (mean * each + self.edges / together) / device.sms
+        last = mean * (ALONE * (alone - each) + LAST * each) * (together > 1)
+        return max(even + last, most * alone + self.edges)
+
+
+def steps_along_keys(p: Problem, tile: Tile) -> np.ndarray:
+    """Of each row block of a head: the key blocks that it touches."""
+    (lo, hi), i0 = p.mask.band(p.N_q, p.N_k), np.arange(0, p.N_q, tile.Br)
+    end = np.minimum(p.N_k, np.minimum(i0 + tile.Br, p.N_q) + hi)
+    return np.maximum(0, -(-end // tile.Bc) - np.maximum(0, i0 + lo) // tile.Bc)
+
+
+def steps_along_rows(p: Problem, tile: Tile) -> np.ndarray:
+    """Of each key block of a key/value head: the row blocks that it touches, in all query heads that share it."""
+    (lo, hi), j0 = p.mask.band(p.N_q, p.N_k), np.arange(0, p.N_k, tile.Bc)
+    end = np.minimum(p.N_q, np.minimum(j0 + tile.Bc, p.N_k) - lo)
+    return p.group * np.maximum(0, -(-end // tile.Br) - np.maximum(0, j0 - hi) // tile.Br)
+
+
+def registers(warps: int, blocks: int) -> int:
+    """That a thread may have where so many blocks of so many warps are to share a multiprocessor: a quarter of it has
+    16,384, handed out eight a thread."""
+    return min(255, 16_384 // (32 * -(-warps * blocks // 4)) // 8 * 8)
