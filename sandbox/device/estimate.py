@@ -15,7 +15,7 @@ import numpy as np
 from ..problem import Problem
 from ..variant import Device, Tile
 
-ALONE, LAST = 1.2, 0.3  # of a mean block's steps at the end of a grid: beside no other block; beside fewer
+ALONE, LAST = 1.4, 0.6  # of a mean block, at the end of a grid of uneven ones: what runs alone, what others wait for
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,12 @@ class Pace:
             waves, rest = divmod(blocks, device.sms * self.blocks)
             whole = waves * (most * self.step(self.blocks) + self.edges)
             return whole + (most * self.step(-(-rest // device.sms)) + self.edges) * (rest > 0)
-        # Those of most steps come first: all multiprocessors end at about the same time, with less and less to do
+        # Those of most steps come first, so that all multiprocessors end at about the same time; not quite, where the
+        # last blocks, the shorter the more there were, find fewer beside them
         alone, each = self.step(1), self.step(together) / together
         even = blocks * (mean * each + self.edges / together) / device.sms
-        last = mean * (ALONE * (alone - each) + LAST * each) * (together > 1)
+        short = min(1.0, device.sms * together / blocks) ** 0.75
+        last = short * mean * (ALONE * (alone - each) + LAST * each) * (together > 1)
         return max(even + last, most * alone + self.edges)
 
 

@@ -157,26 +157,25 @@ def largest(name: str, other: str, problem: Problem, device: Device) -> Tile:
 
 @cache
 def paces(name: str, other: str, problem: Problem, device: Device) -> dict[Tile, Pace]:
-    """Of the largest tile that fits, and of those with 32 registers a thread to spare."""
-    found = {}
-    for tile in (largest(name, other, problem, device), *TILES):
+    """Of the largest tile that fits, of 128 x 64, and of others with 32 registers a thread to spare."""
+    usual, found = (largest(name, other, problem, device), Tile(128, 64)), {}
+    for tile in (*usual, *(tile for tile in TILES if tile.Br * tile.Bc <= 16_384)):
         with suppress(Infeasible):
             check(name, other, problem, tile, device)
-            if not found or chosen(problem, tile, device).registers(False) <= REGISTERS - 32:
+            if tile in usual or chosen(problem, tile, device).registers(False) <= REGISTERS - 32:
                 found[tile] = pace(problem, tile, device)
     return found
 
 
 def pace(problem: Problem, tile: Tile, device: Device) -> Pace:
-    """Fitted to all tiles of bwd_v2_mma at 30 shapes on an H200: bf16, d 32 to 192, N 512 to 8 Ki, 4 to 64 heads; the
-    tile of the least estimate was 0.6 % slower than the best in the mean, 6 % at most."""
+    """Fitted to all tiles of bwd_v2_mma at 39 shapes on an H200, bf16: d 32 to 256, N 512 to 8 Ki, 4 to 100 heads."""
     a, d, Br, Bc = chosen(problem, tile, device), problem.d, tile.Br, tile.Bc
     parts = Br // (a.side * a.queries)  # of a step, in each of which a warp scores its queries
     scores = 4 * (a.rows + a.queries) * d  # bytes of shared memory that it reads for Sᵀ and dPᵀ, then for dV and dK
     own = 4 * a.side * a.queries * a.columns + 4 * (a.side - 1) * a.rows * a.queries
     reads = a.warps * (parts * (scores + own) + 2 * Bc * (a.rows_dQ + a.columns_dQ)) + 2 * Bc * Br * min(2, a.side)
-    busy = 23 * a.barriers + 146 * parts + (0.0113 * Br * Bc * d + 0.021 * reads + 0.23 * Br * d) / a.warps
-    return Pace(a.warps, a.blocks, busy, 0, 6600 + 0.44 * Bc * d)
+    busy = 43 * a.barriers + 122 * parts + (0.0115 * Br * Bc * d + 0.0193 * reads + 0.257 * Br * d) / a.warps
+    return Pace(a.warps, a.blocks, busy, 0, 8000 + 0.72 * Bc * d)
 
 
 @dataclass(frozen=True)

@@ -123,26 +123,27 @@ def usual(problem, device) -> Tile:
 
 @cache
 def paces(problem, device) -> dict[Tile, Pace]:
-    """Of the tiles that fit, with 60 registers a thread to spare beside S and O, and that have four warps or more."""
+    """Of the tiles that fit, leave 60 registers a thread beside S and O, and give each quarter of a multiprocessor as
+    many warps; without the largest, which were the best at one shape of 61."""
     found = {}
     for tile in TILES:
         s = chosen(problem, tile, device)
         warps, need = s.warps(tile.Br), s.registers(problem.d, tile.Bc)
         with suppress(Infeasible):
             fit(problem, tile, device)
-            if warps >= 4 and registers(warps, s.blocks) - need >= 60:
+            roomy = registers(warps, s.blocks) - need >= 60
+            if roomy and warps % 4 == 0 and tile.Br * tile.Bc <= (12_288 if problem.d < 64 else 24_576):
                 found[tile] = pace(problem, tile, device)
     return found
 
 
 def pace(problem, tile, device) -> Pace:
-    """Fitted to all tiles at 42 shapes on an H200: bf16, d 32 to 192, N 512 to 8 Ki, 4 to 160 heads; the tile of the
-    least estimate was 1.0 % slower than the best in the mean, 6 % at most."""
+    """Fitted to all tiles at 61 shapes on an H200, in bf16: d 32 to 256, N 512 to 16 Ki, 4 to 160 heads."""
     s, d, Br, Bc = chosen(problem, tile, device), problem.d, tile.Br, tile.Bc
-    products, reads, scores, share = s.rows * Bc * d, Bc * d, s.rows * Bc, 1 + s.pairs
-    busy = 63 + (0.0036 * products + 0.068 * reads + 0.21 * scores) / share + 0.13 * scores * s.pairs
+    products, reads, scores = s.rows * Bc * d, Bc * d, s.rows * Bc
+    busy = 65 + 388 * s.pairs + (0.00405 * products + 0.0842 * reads + 0.2 * scores) / (1 + s.pairs)
     blocks = (device.shared + 1024) // (shared_tiles(problem, tile, s).bytes + 1024)
-    return Pace(s.warps(Br), max(1, min(s.blocks, blocks)), busy, 480, 2900 + 0.31 * Br * d + 3300 * s.pairs)
+    return Pace(s.warps(Br), max(1, min(s.blocks, blocks)), busy, 196, 0.326 * Br * d + 2400 * s.pairs)
 
 
 def build(problem, tile, device, **turned):
