@@ -3,7 +3,8 @@
 A block owns some rows (of Q forward, of K and V backward) and walks along the others.  The more it owns, the less
 often the others are read; the less, the more blocks there are to fill the device.  The chooser takes the tile of the
 least estimated time: waves of blocks x steps of a block x work of a step, where every step has a fixed share of work
-(barriers, addresses, the softmax's reductions) that small tiles pay more often.
+(barriers, addresses, the softmax's reductions) that small tiles pay more often.  Kernels on the tensor cores have a
+`usual` of their own, by an estimate of the same kind (device/estimate.py).
 """
 
 from __future__ import annotations
