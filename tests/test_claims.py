@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import claims, common, memory, online_softmax, tile_size, verdicts
+from experiments import claims, common, memory, online_softmax, tile_answer, verdicts
 from experiments.__main__ import main, names
 from experiments.verdicts import CLAIMS, FAILS, HOLDS, IN_PART, NOT_HERE, UNTESTED, VERDICTS, Evidence, judge
 from sandbox import catalog, picture, records, target
@@ -337,7 +337,7 @@ def test_online_softmax_judges_by_the_accesses():
 @pytest.mark.skipif(not FOLDERS, reason="nothing is recorded")
 def test_traffic_falls_as_Bc_grows():
     rows = records.read(records.RESULTS / "nvidia-h200" / "tile_size.jsonl")
-    why = tile_size.claim_3(rows)[2]
+    why = tile_answer.claim_3(rows)[2]
     assert "Bc from 16 to 128 takes" in why and "fewer accesses and is" in why and "times faster" in why
 
 

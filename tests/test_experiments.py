@@ -7,12 +7,15 @@ import pytest
 
 from experiments import common, fp32_sdpa, loop_order, tile_size
 from experiments.__main__ import main, names
+from experiments.loop_answer import ON
+from experiments.units import FMA
 from sandbox import picture, records, reference, target
 from sandbox.mask import Mask
 from sandbox.measure import counters, formulas, gate, standard
 from sandbox.problem import Problem
 from sandbox.variant import HOPPER
 
+KERNELS = (*ON[FMA].forward, *ON[FMA].backward)
 SIMULATED = target.KIND == "simulator"
 SMALL = ["--input", "gauss", "--head-dim", "5", "--br", "8", "--bc", "4", "--no-counters"]
 FIELDS = (
@@ -105,7 +108,7 @@ def test_what_only_times_wants_a_gpu(tmp_path, capsys):
 def test_loop_order_counts_what_the_formula_says(more, tmp_path, capsys):
     assert run("loop_order", *SMALL, "--seqlen", "7,18", *more, "--out", tmp_path) == 0
     rows = kernels(read(tmp_path))
-    expected = {(name, N) for name in loop_order.FORWARD + loop_order.BACKWARD for N in (7, 18)}
+    expected = {(name, N) for name in KERNELS for N in (7, 18)}
     assert {(row["variant"], row["N"]) for row in rows} == expected and len(rows) == len(expected)
     for row in rows:
         assert set(FIELDS) <= set(row)
@@ -176,7 +179,7 @@ def measured(monkeypatch):
 
 def test_a_run_that_was_cut_short_goes_on(tmp_path, measured):
     words = ["loop_order", *SMALL, "--seqlen", 8, "--out", tmp_path]
-    everything = loop_order.FORWARD + loop_order.BACKWARD
+    everything = KERNELS
     measured.stop_at = 3
     assert run(*words) == 130
     assert [row["variant"] for row in kernels(read(tmp_path))] == list(everything[:3])
