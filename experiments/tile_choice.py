@@ -221,19 +221,19 @@ def draw(rows: list[dict]):
     height = 1.9 + 0.27 * (len(ours) + 1.5 * len(names))
     figure, widest = picture.page(title, where, (11, height)), max(0.05, *(row["behind"] for row in ours))
     axes = figure.add_axes((2.9 / 11, 0.55 / height, 5.2 / 11, 1 - 1.7 / height))
-    y, ticks = 0.0, []
+    y, ticks, over = 0.0, [], {"facecolor": "white", "edgecolor": "none", "pad": 0}  # of the dashed line
     for name in names:
-        axes.text(0, y, name, va="center", fontweight="bold", fontsize=11)
+        axes.text(0, y, f" {name}", va="center", fontweight="bold", fontsize=11, bbox=over)
         for row in (row for row in ours if row["variant"] == name):
             y += 1
             color = picture.BLUE if row["behind"] <= NEAR else picture.VERMILION
             axes.barh(y, 100 * row["behind"], 0.66, color=color)
             words = f" {row['behind']:.1%}  {row['Br']}x{row['Bc']}"
             words += f", best {row['best']}" if row["behind"] else ", the best"
-            axes.text(100 * row["behind"], y, words, va="center", fontsize=9.5)
+            axes.text(100 * row["behind"], y, words, va="center", fontsize=9.5, bbox=over, zorder=2)
             ticks.append((y, shape(row)))
         y += 1.5
-    axes.axvline(100 * NEAR, color=picture.GREY, linestyle="--", linewidth=1.2)
+    axes.axvline(100 * NEAR, color=picture.GREY, linestyle="--", linewidth=1.2, zorder=1)
     axes.set(xlim=(0, 100 * widest * 1.05), ylim=(y - 0.9, -0.7))
     axes.set_yticks([at for at, _ in ticks], [words for _, words in ticks], color=picture.INK, fontsize=9.5)
     axes.tick_params(length=0)
