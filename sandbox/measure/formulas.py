@@ -166,11 +166,12 @@ def bwd_v2_mma(p: Problem, tile: Tile):
     """As bwd_v2, but L and D, and dQ while it is summed, have whole row blocks; dQ = 0 is written before, unasked."""
     w, heads, kv_heads = walk(p, tile, rounded=True), p.B * p.H, p.B * p.H_kv
     once, all_rows = p.N_q * p.d, w.Tr * tile.Br
+    wide = p.d + (p.d % 32 if p.d > 128 else 0)  # columns of dQ, as many as warps share evenly
     reads, writes = _rowsum(p, all_rows)
     visited = w.visits * tile.Br  # whole row blocks, past the end too
     reads |= {"Q": w.Q_rows * p.d, "dO": once + w.Q_rows * p.d, "L": visited, "D": visited}
-    reads |= {"dQ_acc": (visited + all_rows) * p.d}
-    writes |= {"dQ_acc": (all_rows + visited) * p.d, "dQ": once}
+    reads |= {"dQ_acc": (visited + all_rows) * wide}
+    writes |= {"dQ_acc": (all_rows + visited) * wide, "dQ": once}
     keys = {"K": p.N_k * p.d, "V": p.N_k * p.d}
     gradients = {"dK": p.N_k * p.d, "dV": p.N_k * p.d}
     return _times(heads, reads) | _times(kv_heads, keys), _times(heads, writes) | _times(kv_heads, gradients)
