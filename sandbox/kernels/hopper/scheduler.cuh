@@ -71,7 +71,8 @@ struct Next {
     DEVICE void heard() { told.release(), told.next(); }
 };
 
-// Hands out row blocks, one by one, each when all have heard the one before.
+// Hands out row blocks, one by one, each when all have heard the one before.  Not sooner: who takes a ticket while it has
+// another to compute first keeps the longest row blocks from those that are free.
 //
 //     Dynamic  whoever is free takes the next ticket of a counter, which the last one puts back to 0
 //     else     every thread block takes each gridDim.x-th
@@ -80,21 +81,21 @@ struct Deal {
     const Order order;
     Next next;
     int *counter;
-    int index = blockIdx.x;
+    int index = -1;
 
     // Whether it was one, and not the word that there is no more.
     DEVICE bool one() {
         next.told.acquire();
+        index = index < 0 ? blockIdx.x : Dynamic ? gridDim.x + ticket() : index + gridDim.x;
         *next.slot = order.at(index);
         next.told.publish(), next.told.next();
-        if (index >= order.count()) return false;
-        if (Dynamic) {
-            const int ticket = atomicAdd(counter, 1);  // one is taken for each row block: a thread block's first is free
-            if (ticket == order.count() - 1) *counter = 0;
-            index = gridDim.x + ticket;
-        } else {
-            index += gridDim.x;
-        }
-        return true;
+        return index < order.count();
+    }
+
+    // One is taken for each row block: a thread block's first is free.
+    DEVICE int ticket() {
+        const int its = atomicAdd(counter, 1);
+        if (its == order.count() - 1) *counter = 0;
+        return its;
     }
 };
