@@ -71,8 +71,7 @@ struct Next {
     DEVICE void heard() { told.release(), told.next(); }
 };
 
-// Hands out row blocks, one by one, each when all have heard the one before.  Not sooner: who takes a ticket while it has
-// another to compute first keeps the longest row blocks from those that are free.
+// Hands out row blocks, one by one, each when all have heard the one before.
 //
 //     Dynamic  whoever is free takes the next ticket of a counter, which the last one puts back to 0
 //     else     every thread block takes each gridDim.x-th
@@ -81,16 +80,19 @@ struct Deal {
     const Order order;
     Next next;
     int *counter;
-    int index = -1;
+    int index = blockIdx.x;
 
     // Whether it was one, and not the word that there is no more.
     DEVICE bool one() {
         next.told.acquire();
-        index = index < 0 ? blockIdx.x : Dynamic ? gridDim.x + ticket() : index + gridDim.x;
         *next.slot = order.at(index);
         next.told.publish(), next.told.next();
         return index < order.count();
     }
+
+    // Which one comes next, not before K of this one has been asked for: who has a ticket and computes another row block
+    // keeps one of the longest from those that are free.
+    DEVICE void draw() { index = Dynamic ? gridDim.x + ticket() : index + gridDim.x; }
 
     // One is taken for each row block: a thread block's first is free.
     DEVICE int ticket() {
