@@ -12,7 +12,7 @@ from numba import cuda, float32, int16, int32, uint32
 
 from ..device import Launch, device_function, scratch
 from ..device.columns import Columns
-from ..device.launch import addressable
+from ..device.launch import addressable, all_or_none
 from ..device.layout import TILES, Switches, check, chosen, chosen_dQ, largest  # noqa: F401  (Switches: for the catalog)
 from ..device.mma import MMA, Warps
 from ..device.ptx import commit_group, copy_four, fma, here, wait_group
@@ -34,9 +34,9 @@ def build(problem, tile, device, **turned):
     NS, NW, NK = QUERIES // 8, QUERIES // 16, COLUMNS // 8
     warps, columns = Warps(a.warps, problem.dtype), Columns(problem, MI, QUERIES)
     STAGES, ONCE, AHEAD, BUFFERS = a.stages, a.barriers == 1, 3 - a.barriers, 3 - a.barriers
-    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = a.shared(d, tile)
+    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = a.shared(tile)
     (tile_P,) = tile_P or [tile_dS]
-    where, copy_QdO, copy_KV = warps.where_lean(), warps.copy_lean(Br, d), warps.copy_lean(Bc, d)
+    where, copy_QdO, copy_KV = warps.where_lean(), warps.copy_lean(Br, d, a.wide), warps.copy_lean(Bc, d, a.wide)
     KQt = VdOt = warps.product_nt(MI, QUERIES, d)
     own, others = warps.product_at("rn", MI, COLUMNS, QUERIES), warps.product_at("nn", MI, COLUMNS, QUERIES)
     clear_S, clear_dKV, KEYS = warps.fill(MI, QUERIES), warps.fill(MI, COLUMNS), Bc // a.warps
@@ -192,7 +192,7 @@ def build(problem, tile, device, **turned):
             store_dKV(dK[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sK, r0, lane)  # line 18
             store_dKV(dV[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sV, r0, lane)
 
-        return Launch(dkdv, warps.threads, a.bytes(d, tile), blocks=a.blocks)
+        return Launch(dkdv, warps.threads, a.bytes(tile), blocks=a.blocks, tile=tile)
 
     # dQ: a warp owns rows of Q, and walks along the keys
     q = chosen_dQ(problem, tile)
@@ -293,7 +293,7 @@ def build(problem, tile, device, **turned):
             cuda.syncwarp()
             store_dQ(dQ[b, :, h], i0 + w0, N_q, sQ, w0, lane)
 
-        return Launch(dq, by_rows.threads, shared_dQ.bytes, blocks=q.blocks)
+        return Launch(dq, by_rows.threads, shared_dQ.bytes, blocks=q.blocks, tile=tile)
 
     run_rowsum = rowsum(problem)
     plain, scored = (kernel(False), kernel_dQ(False)), (kernel(True), kernel_dQ(True))
@@ -313,7 +313,7 @@ def build(problem, tile, device, **turned):
         section = min(heads, problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d)))
         run_dq(-(-problem.N_q // Br_Q) * heads, Q, K, V, dO, L, D, dQ, *shape, section)
 
-    return launch
+    return all_or_none(launch)
 
 
 VARIANT = Variant(

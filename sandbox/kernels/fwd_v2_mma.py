@@ -273,7 +273,7 @@ def build(problem, tile, device, **turned):
             mine = w0 + side * (ROWS // SHARE)
             store_O(Oh, i0 + mine, N_q, sQ, mine, lane)
 
-        return Launch(fwd_v2_mma, warps.threads, shared.bytes, blocks=s.blocks)
+        return Launch(fwd_v2_mma, warps.threads, shared.bytes, blocks=s.blocks, tile=tile)
 
     plain, scored = kernel(False), kernel(True)
 

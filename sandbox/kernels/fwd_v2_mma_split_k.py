@@ -235,7 +235,7 @@ def build(problem, tile, device, **turned):
             cuda.syncthreads()
             store_O(Oh, i0 + warp * (Br // W), N_q, sQ, warp * (Br // W), lane)
 
-        return Launch(fwd_v2_mma_split_k, warps.threads, shared.bytes + together.bytes, blocks=s.blocks)
+        return Launch(fwd_v2_mma_split_k, warps.threads, shared.bytes + together.bytes, blocks=s.blocks, tile=tile)
 
     plain, scored = kernel(False), kernel(True)
 
