@@ -146,7 +146,7 @@ def test_an_older_gpu():
 
 
 @pytest.mark.parametrize("d, tile, words", [
-    (64, Tile(24, 16), "cannot be shared"), (64, Tile(32, 24), "cannot be shared"), (64, Tile(64, 512), "8 warps"),
+    (64, Tile(24, 16), "shared evenly"), (64, Tile(32, 24), "shared evenly"), (64, Tile(64, 512), "8 warps"),
     (256, Tile(64, 128), "192 registers"), (128, Tile(128, 128), "of shared memory"),
 ])  # fmt: skip
 def test_tiles_that_do_not_fit(d, tile, words):

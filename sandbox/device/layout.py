@@ -3,7 +3,7 @@
 Of `warps`, `side` share `rows` keys.  Of Sᵀ a warp has its own keys by some `queries` at a time; of dK and dV, its keys
 by `columns`, wide / side; of dQ, to which all keys contribute, rows_dQ x columns_dQ.
 
-Tiles have `wide` columns: d, or 16 zeros more where warps cannot share those evenly.
+Tiles have `wide` columns: d, and zeros where warps could not share those evenly, or only by 16 keys a warp.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ class Layout:
         return self.shared(tile).bytes + 2 * 4 * self.stages * tile.Br
 
     def registers(self, softcap: bool) -> int:
-        """That a thread needs for dK, dV and either Sᵀ and dPᵀ (softcapped: half as much again) or dQ."""
+        """That a thread needs for dK, dV and either Sᵀ and dPᵀ (softcapped: twice as much) or dQ."""
         dKV, S, dQ = self.rows * self.columns, self.rows * self.queries, self.rows_dQ * self.columns_dQ
-        return (2 * dKV + max((3 if softcap else 2) * S, dQ)) // 32
+        return (2 * dKV + max((4 if softcap else 2) * S, dQ)) // 32
 
 
 def layouts(d: int, tile: Tile, s: Switches):
     """Those that share a tile evenly.  The first reads least from shared memory."""
-    wide = d + d % 32 if d > 128 else d
+    wide = d if d <= 128 else 32 * -(-d // 32) if d <= 192 else 256
     choices = product((32, 16), range(1, wide // 16 + 1), (32, 16), (32, 16), (1, 2))
     for rows, side, queries, rows_dQ, barriers in choices:
         warps, now = tile.Bc // rows * side, (rows, side, queries, barriers)
@@ -129,7 +129,8 @@ def check(name: str, other: str, problem: Problem, tile: Tile, device: Device, *
         major, minor = device.capability
         raise Unsupported(f"{name} needs sm_90 (stmatrix), this is sm_{major}{minor}: {other} runs here")
     if (a := chosen(problem, tile, device, **turned)) is None:
-        raise Infeasible(tile, f"cannot be shared by at most 8 warps with {REGISTERS} registers for tiles in each")
+        warps = f"8 warps of 16 or 32 keys, with {REGISTERS} registers for tiles in each"
+        raise Infeasible(tile, f"cannot be shared evenly by at most {warps}")
     if (need := a.bytes(tile)) > (have := room(device, a)):
         raise Infeasible(tile, f"needs {need:,} B of shared memory, each of {a.blocks} blocks has {have:,} B")
 

@@ -68,7 +68,7 @@ class Rows:
 
         @device_function
         def score(rS, scale, softcap):
-            """S = scale · S, softcapped."""
+            """S = scale · S; with a softcap c, S / c of what it becomes, and c is in unit."""
             if SOFTCAP:
                 scale = divide(scale, softcap)
             for mi in range(MI):
@@ -76,7 +76,7 @@ class Rows:
                     for e in range(4):
                         rS[mi, n, e] *= scale
                         if SOFTCAP:
-                            rS[mi, n, e] = softcap * tanh_fast(rS[mi, n, e])
+                            rS[mi, n, e] = tanh_fast(rS[mi, n, e])
 
         @device_function
         def rises(rS, rm, unit):

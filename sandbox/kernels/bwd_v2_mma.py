@@ -58,7 +58,8 @@ def build(problem, tile, device, **turned):
     store_dKV, store_dQ, (tile_dQ,) = warps.store(KEYS, d), warps.store(QUERIES_OUT, d), Shared16(sdQ=(Br, WIDE))
     look, hide, weigh, slope = columns.look, columns.hide, columns.weigh, columns.slope
     score, all_arrived, first_arrived = Rows(problem, MI, QUERIES).score, wait_group(0), wait_group(AHEAD - 1)
-    BANDED, STAGGERED = problem.mask.banded, a.stagger and not problem.mask.banded
+    BANDED, SOFTCAP = problem.mask.banded, problem.softcap > 0
+    STAGGERED = a.stagger and not BANDED
 
     tile_L = shared_tile("sL", shared.bytes // 4, 1, STAGES * Br, 1)
     tile_D = shared_tile("sD", shared.bytes // 4 + STAGES * Br, 1, STAGES * Br, 1)
@@ -175,13 +176,14 @@ def build(problem, tile, device, **turned):
                                 score(rS, scale, softcap)
                             if seen != ALL:
                                 hide(rS, NEG_INF, j0 + w0, i * Br + r0, N_k, lo, hi, lane)
-                            weigh(rP, rW, rS, sL, slot + r0, lane, unit, softcap)
+                            weigh(rP, rW, rS, sL, slot + r0, lane, unit)
 
                             # dPᵀ = V dOᵀ,  dS = P ∘ (dP - D)    lines 13, 14
                             clear_S(rdP)
                             VdOt(rdP, sV, w0, sdO, slot + r0)
                             if seen != ALL:
-                                hide(rdP, ZERO, j0 + w0, i * Br + r0, N_k, lo, hi, lane)
+                                again = int32(here(lane)) if SOFTCAP else lane  # what ptxas needs to spill nothing
+                                hide(rdP, ZERO, j0 + w0, i * Br + r0, N_k, lo, hi, again)
                             slope(rdS, rW, rdP, sD, slot + r0, lane)
 
                             # dV += Pᵀ dO,  dK += dSᵀ Q    lines 12, 16
@@ -264,7 +266,7 @@ def build(problem, tile, device, **turned):
         heads, Tr, Tc = problem.B * problem.H, -(-problem.N_q // Br), -(-problem.N_k // Bc)
         run, unit = plain, problem.scale * float(LOG2_E)
         if problem.softcap > 0 or problem.scale <= 0:
-            run, unit = scored, float(LOG2_E)
+            run, unit = scored, (problem.softcap or 1.0) * float(LOG2_E)
         section = max(1, L2_BYTES // max(1, 8 * problem.N_q * d * problem.group))
         L, D = scratch(heads, Tr * Br, like=Q), scratch(heads, Tr * Br, like=Q)
         dQ_acc, dO = scratch(heads, Tr * Br * WIDE, like=Q).zero_(), addressable(dO)

@@ -18,7 +18,7 @@ from ..device.mma import MMA, Warps
 from ..device.ptx import commit_group, copy_four, fma, here, wait_group
 from ..device.rows import ALL, NONE, Rows
 from ..device.rowsum import rowsum
-from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, divide, exp2, quotient
+from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, exp2, quotient
 from ..device.tiles import shared_tile
 from ..variant import Variant
 
@@ -146,7 +146,7 @@ def build(problem, tile, device, **turned):
                                 score(rS, scale, softcap)
                             if seen != ALL:
                                 hide(rS, NEG_INF, j0 + w0, i * Br + r0, N_k, lo, hi, lane)
-                            weigh(rP, rW, rS, sL, slot + r0, lane, unit, softcap)
+                            weigh(rP, rW, rS, sL, slot + r0, lane, unit)
 
                             # dPᵀ = V dOᵀ,  dS = P ∘ (dP - D)    lines 13, 14
                             clear_S(rdP)
@@ -207,12 +207,11 @@ def build(problem, tile, device, **turned):
     look_rows, hide_keys, score_rows = rows.look, rows.hide, rows.score
 
     @device_function
-    def slope_of(s, L, dP, D, unit, softcap):
+    def slope_of(s, L, dP, D, unit):
         """dS = P (dP - D) of one pair."""
         p = exp2(fma(s, unit, -L))
         if SOFTCAP:
-            t = divide(s, softcap)
-            p = p * (ONE - t * t) if p != ZERO else ZERO
+            p = p * (ONE - s * s) if p != ZERO else ZERO
         return p * (dP - D)
 
     def kernel_dQ(SCORED):
@@ -281,8 +280,8 @@ def build(problem, tile, device, **turned):
                             for g in range(2):
                                 e, l, delta = 2 * g, rL[mi, g], rD[mi, g]
                                 rdS[mi, n // 2, 2 * (n % 2) + g] = pack(
-                                    slope_of(rS[mi, n, e], l, rdP[mi, n, e], delta, unit, softcap),
-                                    slope_of(rS[mi, n, e + 1], l, rdP[mi, n, e + 1], delta, unit, softcap),
+                                    slope_of(rS[mi, n, e], l, rdP[mi, n, e], delta, unit),
+                                    slope_of(rS[mi, n, e + 1], l, rdP[mi, n, e + 1], delta, unit),
                                 )
                     dSK(rdQ, rdS, 0, sK, slot)
                 slot = int32(KEYS_Q - slot)
@@ -303,7 +302,7 @@ def build(problem, tile, device, **turned):
         heads, rows = problem.B * problem.H, -(-problem.N_q // max(Br, Br_Q)) * max(Br, Br_Q)
         (run_dkdv, run_dq), unit = plain, problem.scale * float(LOG2_E)
         if problem.softcap > 0 or problem.scale <= 0:
-            (run_dkdv, run_dq), unit = scored, float(LOG2_E)
+            (run_dkdv, run_dq), unit = scored, (problem.softcap or 1.0) * float(LOG2_E)
         L, D = scratch(heads, rows, like=Q), scratch(heads, rows, like=Q)
         Q, K, V, dO = map(addressable, (Q, K, V, dO))
         run_rowsum(addressable(O), dO, LSE, L, D)

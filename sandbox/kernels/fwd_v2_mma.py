@@ -67,7 +67,7 @@ def chosen(problem, tile, device, **turned) -> Switches:
         s = replace(s, rows=16)
     if "blocks" not in turned:
         need = s.registers(d, Bc) + BESIDE + BESIDE // 2 * (problem.softcap > 0)
-        s = replace(s, blocks=max(1, min(3, 65_536 // (need * 32 * s.warps(Br)))))
+        s = replace(s, blocks=max(1, min(3, 65_536 // (need * 32 * max(1, s.warps(Br))))))
     return s
 
 
@@ -282,7 +282,7 @@ def build(problem, tile, device, **turned):
         heads = problem.B * problem.H
         run, unit = plain, problem.scale * float(LOG2_E)
         if problem.softcap > 0 or problem.scale <= 0:
-            run, unit = scored, float(LOG2_E)
+            run, unit = scored, (problem.softcap or 1.0) * float(LOG2_E)
         section = problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d))
         run(
             -(-problem.N_q // Br) * heads, addressable(Q), addressable(K), addressable(V), O, LSE,
