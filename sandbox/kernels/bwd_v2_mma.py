@@ -27,7 +27,7 @@ from ..device.launch import addressable, all_or_none
 from ..device.layout import TILES, Switches, check, chosen, largest  # noqa: F401  (Switches: for the catalog)
 from ..device.mma import Shared16, Warps
 from ..device.ptx import add_four, commit_group, copy_four, here, read_four, wait_group
-from ..device.rows import ALL, NONE, Rows
+from ..device.rows import ALL, NONE, capped
 from ..device.rowsum import rowsum
 from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, quotient
 from ..device.tiles import shared_tile
@@ -57,7 +57,7 @@ def build(problem, tile, device, **turned):
     KEYS, QUERIES_OUT = Bc // a.warps, -(-Br // a.warps)  # that a warp stores
     store_dKV, store_dQ, (tile_dQ,) = warps.store(KEYS, d), warps.store(QUERIES_OUT, d), Shared16(sdQ=(Br, WIDE))
     look, hide, weigh, slope = columns.look, columns.hide, columns.weigh, columns.slope
-    score, all_arrived, first_arrived = Rows(problem, MI, QUERIES).score, wait_group(0), wait_group(AHEAD - 1)
+    score, all_arrived, first_arrived = capped(MI, QUERIES, problem.softcap > 0), wait_group(0), wait_group(AHEAD - 1)
     BANDED, SOFTCAP = problem.mask.banded, problem.softcap > 0
     STAGGERED = a.stagger and not BANDED
 

@@ -16,7 +16,7 @@ from ..device.launch import addressable, all_or_none
 from ..device.layout import TILES, Switches, check, chosen, chosen_dQ, largest  # noqa: F401  (Switches: for the catalog)
 from ..device.mma import MMA, Warps
 from ..device.ptx import commit_group, copy_four, fma, here, wait_group
-from ..device.rows import ALL, NONE, Rows
+from ..device.rows import ALL, NONE, Rows, capped
 from ..device.rowsum import rowsum
 from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, exp2, quotient
 from ..device.tiles import shared_tile
@@ -42,7 +42,7 @@ def build(problem, tile, device, **turned):
     clear_S, clear_dKV, KEYS = warps.fill(MI, QUERIES), warps.fill(MI, COLUMNS), Bc // a.warps
     put_S, put_dKV, store_dKV = warps.put_words_at(MI, QUERIES), warps.put_at(MI, COLUMNS), warps.store(KEYS, d)
     look, hide, weigh, slope = columns.look, columns.hide, columns.weigh, columns.slope
-    score, all_arrived, first_arrived = Rows(problem, MI, QUERIES).score, wait_group(0), wait_group(AHEAD - 1)
+    score, all_arrived, first_arrived = capped(MI, QUERIES, problem.softcap > 0), wait_group(0), wait_group(AHEAD - 1)
     BANDED, SOFTCAP = problem.mask.banded, problem.softcap > 0
 
     tile_L = shared_tile("sL", shared.bytes // 4, 1, STAGES * Br, 1)
@@ -204,7 +204,7 @@ def build(problem, tile, device, **turned):
     QKt = dOVt = by_rows.product_nt(MQ, KEYS_Q, d)
     dSK, clear_T, clear_dQ = by_rows.product_rn(MQ, d, KEYS_Q), by_rows.fill(MQ, KEYS_Q), by_rows.fill(MQ, d)
     put_dQ, store_dQ, (_, pack) = by_rows.put_at(MQ, d), by_rows.store(ROWS_Q, d), MMA[problem.dtype]
-    look_rows, hide_keys, score_rows = rows.look, rows.hide, rows.score
+    look_rows, hide_keys, score_rows = rows.look, rows.hide, capped(MQ, KEYS_Q, SOFTCAP)
 
     @device_function
     def slope_of(s, L, dP, D, unit):

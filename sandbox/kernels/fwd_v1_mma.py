@@ -303,7 +303,7 @@ def build(problem, tile, device, **turned):
         B, N_q, H, _ = Q.shape
         run, unit = plain, problem.scale * float(LOG2_E)
         if problem.softcap > 0 or problem.scale <= 0:
-            run, unit = scored, (problem.softcap or 1.0) * float(LOG2_E)
+            run, unit = scored, float(LOG2_E)
         O_acc = scratch(B * H * -(-N_q // Br) * W, 2 * MI * PARTS * 128, like=Q)
         l, m = scratch(B * H, N_q, like=Q), scratch(B * H, N_q, like=Q)
         run(

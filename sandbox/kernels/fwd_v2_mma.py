@@ -282,7 +282,7 @@ def build(problem, tile, device, **turned):
         heads = problem.B * problem.H
         run, unit = plain, problem.scale * float(LOG2_E)
         if problem.softcap > 0 or problem.scale <= 0:
-            run, unit = scored, (problem.softcap or 1.0) * float(LOG2_E)
+            run, unit = scored, float(LOG2_E)
         section = problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d))
         run(
             -(-problem.N_q // Br) * heads, addressable(Q), addressable(K), addressable(V), O, LSE,
