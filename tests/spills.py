@@ -58,7 +58,7 @@ def main() -> int:
     lists = [getattr(given, option).split(",") for option in OPTIONS]
     os.environ |= {"SANDBOX_TARGET": "compile", "CUDA_VISIBLE_DEVICES": ""}
     all_good = True
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=20) as pool:
         begun = {
             pool.submit(compiled, name, int(d), dtype, kind, causal == "1", int(heads)): (name, d, dtype, kind, causal)
             for name, d, dtype, kind, causal, heads in itertools.product(given.variants, *lists)

@@ -379,9 +379,10 @@ def test_of_several_kernels_none_runs_where_one_spills(paper, ptxas):
 
     def both():
         first, second = of(g, tile=TILE), of(f, tile=TILE)
-        return launches.all_or_none(lambda problem, *X: (first(1, *X, 0.5, 2), second(1, *X, 0.5, 2)))
+        return launches.all_or_none(lambda problem, *X: [run(X[0].numel(), *X, 0.5, 2) for run in (first, second)])
 
     ptxas.found[f], launch = (8, 12), both()
+    launch(Problem(1, 1, 1, 0, 1, 16, "fp16"), on_cuda(0, 1, 1, 1), given[1])  # no block: nothing is compiled
     for scale in 1.0, 1.0, -1.0:
         with pytest.raises(Infeasible, match="f has 12 B of spills"):
             launch(Problem(1, 1, 1, 1, 1, 16, "fp16", scale), *given)

@@ -147,7 +147,8 @@ def all_or_none(launch):
     ready = set()
 
     def run(problem, *tensors):
-        kind = problem.scale > 0, tensors[0].device  # what a kernel is compiled for, beside what it is built for
+        Q, K, *_ = tensors
+        kind = problem.scale > 0, Q.device, Q.numel() > 0, K.numel() > 0  # which of its kernels run, and where
         if not (SIMULATED or _asked.lists or kind in ready):
             with compiling():
                 launch(problem, *tensors)
