@@ -16,8 +16,8 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 from . import kernels
 from .variant import Variant
@@ -148,7 +148,7 @@ def find(name: str) -> Variant:
         raise _unknown(name, _all())
     if not words:
         return _all()[name]
-    module = sys.modules[_all()[name].fit.__module__]
+    module = sys.modules[_all()[name].build.__module__]
     if not hasattr(module, "turned"):
         raise ValueError(f"{' '.join([name, *words])!r}: {name} has no switches, its file defines no `turned`")
     return module.turned(**switches_of(words, module.Switches))
@@ -156,7 +156,7 @@ def find(name: str) -> Variant:
 
 def switches_of(words: Iterable[str], of: type) -> dict:
     """Switches as they are written, NAME=VALUE, each a field of the dataclass `of`.  Raises ValueError on others."""
-    kinds, found = {field.name: field.type for field in fields(of)}, {}
+    kinds, found = get_type_hints(of), {}
     for word in words:
         key, _, value = word.partition("=")
         if key not in kinds:
@@ -170,7 +170,7 @@ def switches_of(words: Iterable[str], of: type) -> dict:
 
 def _unknown(name: str, names) -> ValueError:
     for file, reason in broken().items():
-        if file.stem == name:
+        if file.stem == name or not names:  # none is left: one says why for all
             return Broken(file, reason)
     return ValueError(f"variant={name!r} is unknown: {nearest(name, names)}")
 

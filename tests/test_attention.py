@@ -164,6 +164,15 @@ def test_keys_may_be_permuted_and_split():
 
 # ---- bad input: one line that names the argument, nothing launched
 
+
+def mma(q, k, v, **options):
+    return sandbox.attention(q, k, v, variant="fwd_v2_mma", **options)
+
+
+def halves(x, d):
+    return [torch.zeros(1, 4, 1, d, dtype=torch.float16, device=x.device) for _ in range(3)]
+
+
 BAD = {
     "rank": (lambda q, k, v: sandbox.attention(q[0], k, v), ValueError, "q has shape"),
     "batch": (lambda q, k, v: sandbox.attention(q, k.repeat(2, 1, 1, 1), v), ValueError, "batch"),
@@ -184,6 +193,14 @@ BAD = {
     "scale": (lambda q, k, v: sandbox.attention(q, k, v, scale=math.inf), ValueError, "scale=inf"),
     "tile": (lambda q, k, v: sandbox.attention(q, k, v, tile=(1024, 1024)), ValueError, "shared memory"),
     "tile's kind": (lambda q, k, v: sandbox.attention(q, k, v, tile=16), TypeError, "pair"),
+    "dtype for tensor cores": (lambda q, k, v: mma(q, k, v), ValueError, "fwd_v2_mma takes .*: fwd_v2 takes fp32"),
+    "head_dim for tensor cores": (lambda q, k, v: mma(*halves(q, 24)), ValueError, "multiples of 16, not 24: fwd_v2"),
+    "mask for tensor cores": (
+        lambda q, k, v: mma(*halves(q, 16), mask=torch.ones(4, 4, dtype=torch.bool, device=q.device)),
+        ValueError,
+        "no boolean masks: fwd_v2 has them",
+    ),
+    "tile for tensor cores": (lambda q, k, v: mma(*halves(q, 16), tile=(48, 1)), ValueError, "multiple of 16 rows, a"),
     "tile's size": (lambda q, k, v: sandbox.attention(q, k, v, tile=(0, 16)), ValueError, "Br=0"),
 }
 

@@ -11,7 +11,7 @@ from sandbox import catalog, picture, records, target
 from sandbox.__main__ import main
 from sandbox.measure import bench, bench_report, gate, rivals, timing
 from sandbox.problem import Problem
-from sandbox.variant import HOPPER, SIMULATOR, Tile
+from sandbox.variant import HOPPER, SIMULATOR, Infeasible, Tile
 
 SIMULATED = target.KIND == "simulator"
 simulated = pytest.mark.skipif(not SIMULATED, reason="stands in for a GPU, where none is")
@@ -199,6 +199,21 @@ def test_what_raises_is_refused_and_the_others_are_measured(clock, device, tmp_p
     bench.compare(rows := [fields[0] | wrong, fields[1] | right])
     assert [row["ratio"] for row in rows] == [None, None]  # nothing to compare with
     assert bench_report.title(rows) == "fwd_raises was not timed"
+
+
+@simulated
+def test_a_tile_that_the_compiler_refuses_says_why_and_the_others_are_measured(clock, device, monkeypatch):
+    check = gate.check
+
+    def refused(variant, problem, tile, *what, **how):
+        if variant.name == "fwd_v1":
+            raise Infeasible(tile, "fwd_v1 has 12 B of spills")
+        return check(variant, problem, tile, *what, **how)
+
+    monkeypatch.setattr(gate, "check", refused)
+    no, yes = bench.measure(*points("sandbox:fwd_v1", "sandbox:fwd_v2"), device)
+    assert (no["why"], no["gate"], no["ms"]) == ("tile 16x16: fwd_v1 has 12 B of spills", None, None)
+    assert (yes["why"], yes["gate"], yes["ms"]) == (None, "passed", 2.0)
 
 
 @simulated

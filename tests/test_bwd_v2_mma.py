@@ -95,6 +95,12 @@ def test_scales_and_softcaps(scale, softcap):
     check(Problem(1, 2, 1, 24, 24, 16, "fp16", scale, Mask(True), softcap))
 
 
+@pytest.mark.parametrize("d, variant", [(144, VARIANT), (176, VARIANT), (144, bwd_v2_mma_deterministic.VARIANT)])
+def test_tiles_wider_than_a_head(d, variant):
+    problem = Problem(1, 1, 1, 20, 20, d, "fp16", mask=Mask(True))
+    check(problem, tile=variant.usual(problem, target.device()), variant=variant)
+
+
 def test_heads_in_sections(monkeypatch):
     """Six heads of two batches and three groups, two at a time: every key block of every head is computed, once."""
     monkeypatch.setattr(bwd_v2_mma, "L2_BYTES", 2 * 2 * 8 * 40 * 16)
@@ -139,6 +145,14 @@ def test_what_it_does_not_take(problem, words):
         bwd_v2_mma.fit(problem, TILE, HOPPER)
 
 
+def test_switches_by_name():
+    """As they are written on a command line."""
+    problem = Problem(1, 1, 1, 40, 40, 32, "fp16")
+    check(problem, tile=Tile(32, 32), variant=catalog.find("bwd_v2_mma side=2 stagger=0"))
+    with pytest.raises(ValueError, match="switch sides=2: did you mean side"):
+        catalog.find("bwd_v2_mma_deterministic sides=2")
+
+
 def test_an_older_gpu():
     ampere = Device("A100", "gpu", 108, 166_912, 255, 1024, (8, 0))
     with pytest.raises(Unsupported, match="needs sm_90 .stmatrix., this is sm_80: bwd_v2 runs here"):
@@ -146,7 +160,7 @@ def test_an_older_gpu():
 
 
 @pytest.mark.parametrize("d, tile, words", [
-    (64, Tile(24, 16), "cannot be shared"), (64, Tile(32, 24), "cannot be shared"), (64, Tile(64, 512), "8 warps"),
+    (64, Tile(24, 16), "shared evenly"), (64, Tile(32, 24), "shared evenly"), (64, Tile(64, 512), "8 warps"),
     (256, Tile(64, 128), "192 registers"), (128, Tile(128, 128), "of shared memory"),
 ])  # fmt: skip
 def test_tiles_that_do_not_fit(d, tile, words):
@@ -154,19 +168,20 @@ def test_tiles_that_do_not_fit(d, tile, words):
         bwd_v2_mma.fit(Problem(1, 1, 1, 8, 8, d, "fp16"), tile, HOPPER)
 
 
-PRIMES = (144, 176, 208, 240)  # ninths, elevenths, …: no warps share these evenly
-
-
 @pytest.mark.parametrize("device", [HOPPER, SIMULATOR], ids=lambda device: device.kind)
 @pytest.mark.parametrize("d", range(16, 257, 16))
 def test_head_dims_have_a_tile(d, device):
     for mask in (Mask(), Mask(True)):
         problem = Problem(1, 1, 1, 4096, 4096, d, "fp16", mask=mask)
-        if d in PRIMES:
-            with pytest.raises(Unsupported, match=f"takes no head_dim {d}.*: bwd_v2 does"):
-                bwd_v2_mma.usual(problem, device)
-        else:
-            bwd_v2_mma.fit(problem, bwd_v2_mma.usual(problem, device), device)
+        bwd_v2_mma.fit(problem, bwd_v2_mma.usual(problem, device), device)
+
+
+def test_columns_that_warps_share():
+    """Ninths, elevenths and thirteenths are shared as tenths, twelfths and sixteenths."""
+    for d, wide in (128, 128), (144, 160), (160, 160), (176, 192), (208, 256), (256, 256):
+        problem = Problem(1, 1, 1, 8, 8, d, "fp16")
+        a = bwd_v2_mma.chosen(problem, bwd_v2_mma.usual(problem, HOPPER), HOPPER)
+        assert a.wide == a.side * a.columns == wide
 
 
 # ---- the binary for sm_90a, with or without a GPU -------------------------------------------------------------------
@@ -200,15 +215,16 @@ def compiled(variant: str, problem: Problem, folder) -> tuple:
 
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "ci" or os.environ.get("CI", "").lower() in ("1", "true")
-CASES = [(64, "bf16", False), (128, "fp16", True), (256, "bf16", False)]
+CASES = [(64, "bf16", False, 0.0), (128, "fp16", True, 0.0), (256, "bf16", False, 0.0)]
 if LONG:
-    CASES = [(d, dtype, causal) for d in (32, 64, 96, 128, 256) for dtype in ("fp16", "bf16") for causal in (0, 1)]
+    CASES = [(d, dtype, causal, 0.0) for d in (32, 64, 96, 128, 256) for dtype in ("fp16", "bf16") for causal in (0, 1)]
+    CASES.append((64, "bf16", True, 5.0))
 
 
-@pytest.mark.parametrize("d, dtype, causal", CASES)
-def test_tensor_cores_and_no_spills(d, dtype, causal, compiler, tmp_path):
+@pytest.mark.parametrize("d, dtype, causal, softcap", CASES)
+def test_tensor_cores_and_no_spills(d, dtype, causal, softcap, compiler, tmp_path):
     """One HMMA for each 16 x 8 x 16 of a warp's part of the five products; dQ leaves 16 bytes at a time."""
-    problem = Problem(1, 32, 32, 4096, 4096, d, dtype, mask=Mask(causal))
+    problem = Problem(1, 32, 32, 4096, 4096, d, dtype, mask=Mask(causal), softcap=softcap)
     tile, a, found = compiler.submit(compiled, "bwd_v2_mma", problem, tmp_path).result()
     assert set(found) == {"rowsum", "bwd_v2_mma", "to_dtype"}
     for name, (report, _) in found.items():
@@ -224,9 +240,9 @@ def test_tensor_cores_and_no_spills(d, dtype, causal, compiler, tmp_path):
         assert "CALL" not in text and "LDL" not in text
 
 
-@pytest.mark.parametrize("d, dtype, causal", [(128, "bf16", True)] if not LONG else CASES)
-def test_deterministic_spills_nothing(d, dtype, causal, compiler, tmp_path):
-    problem = Problem(1, 32, 32, 4096, 4096, d, dtype, mask=Mask(causal))
+@pytest.mark.parametrize("d, dtype, causal, softcap", [(128, "bf16", True, 0.0)] if not LONG else CASES)
+def test_deterministic_spills_nothing(d, dtype, causal, softcap, compiler, tmp_path):
+    problem = Problem(1, 32, 32, 4096, 4096, d, dtype, mask=Mask(causal), softcap=softcap)
     _, _, found = compiler.submit(compiled, "bwd_v2_mma_deterministic", problem, tmp_path).result()
     assert set(found) == {"rowsum", "dkdv", "dq"}
     for name, (report, _) in found.items():

@@ -5,10 +5,13 @@ The tests run on the simulator or on a GPU; what is compiled here is compiled in
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import os
 import re
 import struct
+import subprocess
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -279,3 +282,30 @@ def test_arguments_are_packed_as_the_binary_takes_them(name, compiler, folder):
     assert len(found) == (1 if name == "fwd_v2" else 3)
     for kernel, takes, packed in found:
         assert takes and takes == packed, kernel
+
+
+# ---- another numba-cuda ---------------------------------------------------------------------------------------------
+
+MOVED = """
+from numba.cuda.np import arrayobj
+del arrayobj.populate_array
+import sandbox, torch
+x = torch.zeros(1, 4, 1, 16)
+for variant in "v2", "fwd_v2_mma":
+    try:
+        sandbox.attention(x, x, x, variant=variant)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_internals_that_have_moved_are_told_in_a_line():
+    environment = os.environ | {"SANDBOX_TARGET": "compile", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("NUMBA_ENABLE_CUDASIM", None)
+    root = Path(__file__).parents[1]
+    told = subprocess.run(
+        [sys.executable, "-c", MOVED], cwd=root, env=environment, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    version = importlib.metadata.version("numba-cuda")
+    words = f"numba-cuda {version} has no numba.cuda.np.arrayobj.populate_array: expected numba-cuda 0.30, pip install"
+    assert len(told) == 2 and all(words in line for line in told), told

@@ -13,7 +13,7 @@ from sandbox import picture, records, reference, target
 from sandbox.mask import Mask
 from sandbox.measure import counters, formulas, gate, standard
 from sandbox.problem import Problem
-from sandbox.variant import HOPPER
+from sandbox.variant import HOPPER, Infeasible
 
 KERNELS = (*ON[FMA].forward, *ON[FMA].backward)
 SIMULATED = target.KIND == "simulator"
@@ -144,6 +144,22 @@ def test_tile_size_marks_the_chosen_and_records_what_does_not_fit(tmp_path):
     assert [row["gate"] for row in rows.values() if row["chosen"]] == ["passed"]
     if SIMULATED:
         assert rows[8, 4]["reads_total"] == rows[8, 4]["formula_reads_total"]
+
+
+def test_a_tile_that_the_compiler_refuses_is_one_that_does_not_fit(tmp_path, monkeypatch):
+    check = gate.check
+
+    def refused(variant, problem, tile, *what):
+        if tile.Br == 8:
+            raise Infeasible(tile, "fwd_v2 has 12 B of spills")
+        return check(variant, problem, tile, *what)
+
+    monkeypatch.setattr(gate, "check", refused)
+    words = ["--input", "gauss", "--head-dim", "5", "--no-counters", "--seqlen", 12, "--bc", 4, "--out", tmp_path]
+    assert run("tile_size", *words, "--br", "8,16", "--variant", "fwd_v2") == 0
+    rows = {(row["Br"], row["Bc"]): row for row in read(tmp_path, "tile_size")}
+    assert (rows[8, 4]["infeasible"], rows[8, 4]["gate"]) == ("fwd_v2 has 12 B of spills", None)
+    assert rows[16, 4]["gate"] == "passed"
 
 
 def test_a_failed_gate_is_told_and_never_timed(tmp_path, capsys, monkeypatch):

@@ -169,7 +169,7 @@ def test_an_older_gpu():
 @pytest.mark.parametrize("d, tile, words", [
     (64, Tile(24, 16), "multiple of 16 rows, a warp's, and of 16 keys"), (64, Tile(32, 24), "of 16 keys"),
     (256, Tile(128, 192), "224 registers a thread"), (64, Tile(512, 64), "512 threads"),
-    (256, Tile(128, 128), "361,472 B of shared memory"),
+    (256, Tile(128, 128), "361,472 B of shared memory"), (64, Tile(1, 1), "multiple of 16 rows"),
 ])  # fmt: skip
 def test_tiles_that_do_not_fit(d, tile, words):
     with pytest.raises(Infeasible, match=words):

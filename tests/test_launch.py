@@ -30,7 +30,7 @@ from sandbox.device import launch as launches
 from sandbox.device.hopper import Counter, HopperLaunch, Output, Panels
 from sandbox.measure import overhead
 from sandbox.problem import Problem
-from sandbox.variant import SIMULATOR
+from sandbox.variant import SIMULATOR, Infeasible, Tile
 
 SIMULATED = target.KIND == "simulator"
 gpu_only = pytest.mark.skipif(SIMULATED, reason="needs a GPU: the simulator launches nothing")
@@ -328,6 +328,83 @@ def test_threads_do_not_meet_in_a_launch_of_numbas(paper, numba):
     assert found == {
         (*members(X), *members(Y), 0.5, 10 * t + n) for t, mine in enumerate(sets) for n, (X, Y) in enumerate(mine)
     }
+
+
+# ---- kernels that spill ---------------------------------------------------------------------------------------------
+
+COMPILED, TILE = launches.Launch.compiled, Tile(64, 128)
+
+
+def g(X, Y, scale, n):
+    """Another kernel of that signature."""
+
+
+@pytest.fixture
+def ptxas(paper, monkeypatch):
+    """ptxas.found: kernel -> (stack, spills); ptxas.asked: the kernels that were compiled, and how many had run."""
+    takes(paper, *ARRAY, *[8] * 9, 4, 4)
+    found, asked = {f: (0, 0), g: (0, 0)}, []
+
+    def kernel(function, *kind):
+        asked.append((function.__name__, number(paper, "launches").value))
+        return nvrtc.Binary(b"\177ELF", Report("saxpy", 255, *found[function]), "sm_90a")
+
+    compiler = types.SimpleNamespace(signature=lambda given: tuple(map(type, given)), kernel=kernel)
+    monkeypatch.setattr(sandbox.device, "compile", compiler, raising=False)
+    monkeypatch.setattr(launches.Launch, "compiled", COMPILED)
+    return types.SimpleNamespace(found=found, asked=asked)
+
+
+def of(function, **kind):
+    return launches.Launch(types.SimpleNamespace(py_func=function), 64, **kind)
+
+
+def test_a_tile_that_spills_is_infeasible_before_it_is_launched(paper, ptxas):
+    given = 1, on_cuda(1, 1, 1, 1), on_cuda(1, 1), 0.5, 2
+    for stack, spills in (8, 0), (0, 12), (8, 12):
+        ptxas.found[f] = stack, spills
+        kernel = of(f, tile=TILE)
+        words = f"^tile 64x128: f has {spills} B of spills and {stack} B of stack a thread: take a smaller tile"
+        for run in contextlib.nullcontext, launches.compiling, contextlib.nullcontext:
+            with pytest.raises(Infeasible, match=words), run():
+                kernel(*given)
+    assert number(paper, "launches").value == 0 and len(ptxas.asked) == 3
+    of(f)(*given)  # its tiles are not to be in registers
+    of(g, tile=TILE)(*given)
+    assert number(paper, "launches").value == 2
+
+
+def test_of_several_kernels_none_runs_where_one_spills(paper, ptxas):
+    given = on_cuda(1, 1, 1, 1), on_cuda(1, 1)
+
+    def both():
+        first, second = of(g, tile=TILE), of(f, tile=TILE)
+        return launches.all_or_none(lambda problem, *X: [run(X[0].numel(), *X, 0.5, 2) for run in (first, second)])
+
+    ptxas.found[f], launch = (8, 12), both()
+    launch(Problem(1, 1, 1, 0, 1, 16, "fp16"), on_cuda(0, 1, 1, 1), given[1])  # no block: nothing is compiled
+    for scale in 1.0, 1.0, -1.0:
+        with pytest.raises(Infeasible, match="f has 12 B of spills"):
+            launch(Problem(1, 1, 1, 1, 1, 16, "fp16", scale), *given)
+    assert number(paper, "launches").value == 0
+    ptxas.found[f], launch = (0, 0), both()
+    ptxas.asked.clear()
+    for calls in 1, 2:
+        launch(Problem(1, 1, 1, 1, 1, 16, "fp16"), *given)
+        assert ptxas.asked == [("g", 0), ("f", 0)] and number(paper, "launches").value == 2 * calls
+    with launches.compiling() as done:
+        launch(Problem(1, 1, 1, 1, 1, 16, "fp16"), *given)
+    assert [one.name for one, _ in done] == ["g", "f"] and number(paper, "launches").value == 4
+
+
+def test_other_threads_launch_while_one_compiles(paper, ptxas):
+    given = 1, on_cuda(1, 1, 1, 1), on_cuda(1, 1), 0.5, 2
+    with launches.compiling() as done:
+        other = threading.Thread(target=of(f), args=given)
+        other.start()
+        other.join()
+        of(g)(*given)
+    assert [one.name for one, _ in done] == ["g"] and number(paper, "launches").value == 1
 
 
 # ---- its cost -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ..problem import Problem
 from .mma import MMA
 from .ptx import fma, read_two, unpack_bf16, unpack_fp16
 from .rows import ALL, NONE, SOME
-from .scalar import ONE, ZERO, device_function, divide, exp2
+from .scalar import ONE, ZERO, device_function, exp2
 
 
 class Columns:
@@ -55,7 +55,7 @@ class Columns:
                                 rX[mi, n, 2 * h + e] = x
 
         @device_function
-        def weigh(rP, rW, rS, sL, r, lane, unit, softcap):
+        def weigh(rP, rW, rS, sL, r, lane, unit):
             """P = 2^(unit·S - L) and W, P times the slope of the softcap (P where there is none), in words."""
             for n in range(NI):
                 L0, L1 = read_two(sL, r + 8 * n + 2 * (lane % 4))
@@ -65,9 +65,8 @@ class Columns:
                         p0, p1 = exp2(fma(s0, unit, -L0)), exp2(fma(s1, unit, -L1))
                         rP[mi, n // 2, 2 * (n % 2) + h] = pack(p0, p1)
                         if SOFTCAP:
-                            t0, t1 = divide(s0, softcap), divide(s1, softcap)
-                            p0 = p0 * (ONE - t0 * t0) if p0 != ZERO else ZERO
-                            p1 = p1 * (ONE - t1 * t1) if p1 != ZERO else ZERO
+                            p0 = p0 * (ONE - s0 * s0) if p0 != ZERO else ZERO
+                            p1 = p1 * (ONE - s1 * s1) if p1 != ZERO else ZERO
                         rW[mi, n // 2, 2 * (n % 2) + h] = pack(p0, p1)
 
         @device_function

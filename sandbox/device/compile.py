@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from cuda.bindings import nvjitlink
 from numba import cuda
-from numba.cuda import types
 
 from ..cubin import Report, file_of, read, write
 from ..nvrtc import Binary
+from .internals import dispatcher, types
 
 _lock = threading.RLock()
 _ELEMENT = {
@@ -107,11 +107,7 @@ def _uncollected():
 @functools.cache
 def _compile_without_gpu() -> None:
     """numba-cuda asks for the current device to type a call of a device function: `capability` answers."""
-    if "numba_cuda" not in cuda.__file__:
-        raise RuntimeError("numba's built-in cuda was imported instead of numba-cuda: pip install 'numba-cuda[cu13]'")
     if not torch.cuda.is_available():
-        from numba.cuda import dispatcher
-
         dispatcher.get_current_device = lambda: python_types.SimpleNamespace(compute_capability=capability)
 
 

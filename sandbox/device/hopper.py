@@ -90,8 +90,8 @@ class HopperLaunch:
             return
         if SIMULATED:
             self._emulate(grid, given)
-        elif launches._compiling:
-            launches._compiling[-1].append((self, self.binary().report))
+        elif launches._asked.lists:
+            launches._asked.lists[-1].append((self, self.binary().report))
         else:
             self._launch(grid, given)
 

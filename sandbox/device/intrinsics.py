@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from llvmlite import ir
-from numba.cuda import types
-from numba.cuda.extending import intrinsic
-from numba.cuda.np import arrayobj
+
+from .internals import arrayobj, intrinsic, types
 
 
 def tile_view(offset: int, shape: tuple[int, ...]):

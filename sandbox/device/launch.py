@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .. import nvrtc
+from ..variant import Infeasible, Tile
 from .scalar import SIMULATED
 
 POINTER, WIDE = ctypes.c_void_p, ctypes.c_int64
@@ -37,13 +38,16 @@ class Launch:
     warp     lanes that the kernel relies on to run in step (at most 32); the simulator's warps are that narrow
     shared   bytes of dynamic shared memory
     blocks   that are to share a multiprocessor, as far as registers go
+    tile     of a kernel whose tiles live in registers: where ptxas has it spill, it is Infeasible and never launched
     Arguments are torch tensors (bf16 and bool as their bits), ints (int32) and floats (float32), always in that type.
     """
 
-    def __init__(self, kernel, threads: int, shared: int = 0, warp: int = 32, blocks: int = 1):
+    def __init__(
+        self, kernel, threads: int, shared: int = 0, warp: int = 32, blocks: int = 1, tile: Tile | None = None
+    ):
         self.function, self.name = kernel.py_func, kernel.py_func.__name__
         self.names = list(inspect.signature(self.function).parameters)
-        self.threads, self.shared, self.warp, self.blocks = threads, shared, warp, blocks
+        self.threads, self.shared, self.warp, self.blocks, self.tile = threads, shared, warp, blocks, tile
         self._compiled, self._kernels, self._here = {}, {}, Prepared()
 
     def __call__(self, grid: int, *args) -> None:
@@ -53,8 +57,8 @@ class Launch:
             from . import simulator
 
             simulator.launch(self.function, self.names, grid, self.threads, [_host(a) for a in args], self.warp)
-        elif _compiling:
-            _compiling[-1].append((self, self.compiled(*args).report))
+        elif _asked.lists:
+            _asked.lists[-1].append((self, self.compiled(*args).report))
         else:
             kinds, numbers = _packed(args)
             key = torch.cuda.current_device(), *kinds
@@ -69,12 +73,19 @@ class Launch:
         return launch
 
     def compiled(self, *args) -> nvrtc.Binary:
-        """The binary for arguments of these types and for the current device: compiled, or read from the disk cache."""
+        """The binary for arguments of these types and for the current device: compiled, or read from the disk cache.
+
+        Raises Infeasible where the tile does not stay in registers.
+        """
         from . import compile
 
         key = compile.signature(args), torch.cuda.current_device() if torch.cuda.is_available() else None
         if key not in self._compiled:
             self._compiled[key] = compile.kernel(self.function, key[0], self.threads, self.blocks)
+        report = self._compiled[key].report
+        if self.tile and (report.spills or report.stack):
+            found = f"{report.spills} B of spills and {report.stack} B of stack a thread"
+            raise Infeasible(self.tile, f"{self.name} has {found}: take a smaller tile, or None for the usual one")
         return self._compiled[key]
 
 
@@ -106,7 +117,14 @@ def _parameters(args) -> list[type]:
     return found
 
 
-_compiling: list[list] = []
+class Asked(threading.local):
+    """The lists that `compiling` gives, the innermost last; each thread sees its own."""
+
+    def __init__(self):
+        self.lists: list[list] = []
+
+
+_asked = Asked()
 
 
 @contextmanager
@@ -118,11 +136,27 @@ def compiling():
     if SIMULATED:
         raise RuntimeError("the simulator compiles nothing: set SANDBOX_TARGET=compile")
     done: list[tuple[Launch, object]] = []
-    _compiling.append(done)
+    _asked.lists.append(done)
     try:
         yield done
     finally:
-        _compiling.pop()
+        _asked.lists.pop()
+
+
+def all_or_none(launch):
+    """launch(problem, *tensors) of several kernels: all are compiled first, and where one is Infeasible none runs."""
+    ready = set()
+
+    def run(problem, *tensors):
+        Q, K, *_ = tensors
+        kind = problem.scale > 0, Q.device, Q.numel() > 0, K.numel() > 0  # which of its kernels run, and where
+        if not (SIMULATED or _asked.lists or kind in ready):
+            with compiling():
+                launch(problem, *tensors)
+            ready.add(kind)
+        launch(problem, *tensors)
+
+    return run
 
 
 def scratch(*shape: int, like: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,9 @@
 """Layout: which warp owns what in a block that owns keys and walks along the query blocks.  [FA2, Algorithm 2]
 
 Of `warps`, `side` share `rows` keys.  Of Sᵀ a warp has its own keys by some `queries` at a time; of dK and dV, its keys
-by `columns`, d / side; of dQ, to which all keys contribute, rows_dQ x columns_dQ.
+by `columns`, wide / side; of dQ, to which all keys contribute, rows_dQ x columns_dQ.
+
+Tiles have `wide` columns: d, and zeros where warps could not share those evenly, or only by 16 keys a warp.
 """
 
 from __future__ import annotations
@@ -62,35 +64,45 @@ class Layout:
         """Tiles of Q and of dO that are on their way or in use."""
         return 3 if self.barriers == 1 and self.side > 1 else 2
 
-    def shared(self, d: int, tile: Tile) -> Shared16:
+    @property
+    def wide(self) -> int:
+        return self.side * self.columns
+
+    def shared(self, tile: Tile) -> Shared16:
         scores = (tile.Bc * (3 - self.barriers), tile.Br)
         P = dict(sP=scores) if self.side > 1 else {}
-        rows = (self.stages * tile.Br, d)
-        return Shared16(sK=(tile.Bc, d), sV=(tile.Bc, d), sQ=rows, sdO=rows, sdS=scores, **P)
+        keys, rows = (tile.Bc, self.wide), (self.stages * tile.Br, self.wide)
+        return Shared16(sK=keys, sV=keys, sQ=rows, sdO=rows, sdS=scores, **P)
 
-    def bytes(self, d: int, tile: Tile) -> int:
+    def bytes(self, tile: Tile) -> int:
         """Of shared memory, with L and D of each query in float32."""
-        return self.shared(d, tile).bytes + 2 * 4 * self.stages * tile.Br
+        return self.shared(tile).bytes + 2 * 4 * self.stages * tile.Br
 
     def registers(self, softcap: bool) -> int:
-        """That a thread needs for dK, dV and either Sᵀ and dPᵀ (softcapped: half as much again) or dQ."""
+        """That a thread needs for dK, dV and either Sᵀ and dPᵀ (softcapped: twice as much) or dQ."""
         dKV, S, dQ = self.rows * self.columns, self.rows * self.queries, self.rows_dQ * self.columns_dQ
-        return (2 * dKV + max((3 if softcap else 2) * S, dQ)) // 32
+        return (2 * dKV + max((4 if softcap else 2) * S, dQ)) // 32
+
+
+def wide_of(d: int) -> int:
+    """Columns that warps share evenly."""
+    return d if d <= 128 else 32 * -(-d // 32) if d <= 192 else 256
 
 
 def layouts(d: int, tile: Tile, s: Switches):
     """Those that share a tile evenly.  The first reads least from shared memory."""
-    choices = product((32, 16), range(1, d // 16 + 1), (32, 16), (32, 16), (1, 2))
+    wide = wide_of(d)
+    choices = product((32, 16), range(1, wide // 16 + 1), (32, 16), (32, 16), (1, 2))
     for rows, side, queries, rows_dQ, barriers in choices:
         warps, now = tile.Bc // rows * side, (rows, side, queries, barriers)
         if any(wanted not in (0, value) for wanted, value in zip((s.rows, s.side, s.queries, s.barriers), now)):
             continue
-        if tile.Bc % rows or tile.Br % (side * queries) or d % (16 * side):
+        if tile.Bc % rows or tile.Br % (side * queries) or wide % (16 * side):
             continue
-        if tile.Br % rows_dQ or warps * rows_dQ % tile.Br or d % (16 * (across := warps * rows_dQ // tile.Br)):
+        if tile.Br % rows_dQ or warps * rows_dQ % tile.Br or wide % (16 * (across := warps * rows_dQ // tile.Br)):
             continue
         blocks = s.blocks or max(1, 8 // warps)
-        yield Layout(rows, side, queries, d // side, warps, rows_dQ, d // across, blocks, barriers, s.stagger)
+        yield Layout(rows, side, queries, wide // side, warps, rows_dQ, wide // across, blocks, barriers, s.stagger)
 
 
 def chosen(problem: Problem, tile: Tile, device: Device, **turned) -> Layout | None:
@@ -105,7 +117,7 @@ def chosen(problem: Problem, tile: Tile, device: Device, **turned) -> Layout | N
     alike = [a for a in found if replace(a, barriers=found[0].barriers) == found[0]]
     most = [found[0].blocks] if "blocks" in turned else range(found[0].blocks, 0, -1)
     fits = (replace(a, blocks=n) for n in most for a in alike)
-    return next((a for a in fits if a.bytes(problem.d, tile) <= room(device, a)), alike[-1])
+    return next((a for a in fits if a.bytes(tile) <= room(device, a)), alike[-1])
 
 
 def room(device: Device, a: Layout) -> int:
@@ -125,8 +137,9 @@ def check(name: str, other: str, problem: Problem, tile: Tile, device: Device, *
         major, minor = device.capability
         raise Unsupported(f"{name} needs sm_90 (stmatrix), this is sm_{major}{minor}: {other} runs here")
     if (a := chosen(problem, tile, device, **turned)) is None:
-        raise Infeasible(tile, f"cannot be shared by at most 8 warps with {REGISTERS} registers for tiles in each")
-    if (need := a.bytes(problem.d, tile)) > (have := room(device, a)):
+        warps = f"8 warps of 16 or 32 keys, with {REGISTERS} registers for tiles in each"
+        raise Infeasible(tile, f"cannot be shared evenly by at most {warps}")
+    if (need := a.bytes(tile)) > (have := room(device, a)):
         raise Infeasible(tile, f"needs {need:,} B of shared memory, each of {a.blocks} blocks has {have:,} B")
 
 
@@ -169,7 +182,8 @@ def paces(name: str, other: str, problem: Problem, device: Device) -> dict[Tile,
 
 def pace(problem: Problem, tile: Tile, device: Device) -> Pace:
     """Fitted to all tiles of bwd_v2_mma at 39 shapes on an H200, bf16: d 32 to 256, N 512 to 8 Ki, 4 to 100 heads."""
-    a, d, Br, Bc = chosen(problem, tile, device), problem.d, tile.Br, tile.Bc
+    a = chosen(problem, tile, device)
+    d, Br, Bc = a.wide, tile.Br, tile.Bc
     parts = Br // (a.side * a.queries)  # of a step, in each of which a warp scores its queries
     scores = 4 * (a.rows + a.queries) * d  # bytes of shared memory that it reads for Sᵀ and dPᵀ, then for dV and dK
     own = 4 * a.side * a.queries * a.columns + 4 * (a.side - 1) * a.rows * a.queries

@@ -124,9 +124,10 @@ class Warps:
 
         return where
 
-    def copy_lean(self, rows: int, d: int):
-        """As `copy`, for kernels that have no register to spare; it takes more instructions."""
-        CHUNKS, T = d // 8, self.threads
+    def copy_lean(self, rows: int, d: int, wide: int):
+        """As `copy`, for kernels that have no register to spare; it takes more instructions.  Columns d to wide are
+        zeros."""
+        CHUNKS, T, WHOLE = wide // 8, self.threads, wide == d
         LANES = math.gcd(CHUNKS, T // 8)  # threads that share a row's chunks
         STEP = T // LANES
 
@@ -138,7 +139,8 @@ class Warps:
             for step in range(0, rows, STEP):
                 if rows % STEP == 0 or y + step < rows:
                     for q in range(CHUNKS // LANES):
-                        copy_chunk_at(sX, r, 8 * (x + q * LANES), X, n, step, step < left)
+                        column = 8 * (x + q * LANES)
+                        copy_chunk_at(sX, r, column, X, n, step, step < left and (WHOLE or column < d))
 
         return copy
 

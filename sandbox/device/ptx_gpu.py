@@ -11,10 +11,8 @@ from pathlib import Path
 
 from llvmlite import ir
 from numba import cuda
-from numba.cuda import cgutils, types
-from numba.cuda.extending import intrinsic
-from numba.cuda.np import arrayobj
 
+from .internals import arrayobj, cgutils, intrinsic, types
 from .intrinsics import row_pointer
 from .scalar import device_function
 from .softmax import ALL_LANES

@@ -145,6 +145,25 @@ class Rows:
         self.tops, self.above, self.follow, self.weights, self.row_sum = tops, above, follow, weights, row_sum
 
 
+def capped(MI: int, N: int, softcap: bool):
+    """score(rS, scale, softcap): rS [MI·16, N] = scale · S or, of a softcap c, tanh(scale · S / c): c goes into unit,
+    and what a backward needs next is the square of that."""
+    NI, SOFTCAP = N // 8, softcap
+
+    @device_function
+    def score(rS, scale, softcap):
+        if SOFTCAP:
+            scale = divide(scale, softcap)
+        for mi in range(MI):
+            for n in range(NI):
+                for e in range(4):
+                    rS[mi, n, e] *= scale
+                    if SOFTCAP:
+                        rS[mi, n, e] = tanh_fast(rS[mi, n, e])
+
+    return score
+
+
 def rescale(MI: int, N: int):
     """rescale(rO, x): rO [MI·16, N] = diag(x) rO."""
 

@@ -23,11 +23,11 @@ from numba import cuda, float32, int16, int32, uint32
 
 from ..device import Launch, device_function, scratch, zeros
 from ..device.columns import Columns
-from ..device.launch import addressable
+from ..device.launch import addressable, all_or_none
 from ..device.layout import TILES, Switches, check, chosen, usual_tile  # noqa: F401  (Switches: for the catalog)
 from ..device.mma import Shared16, Warps
 from ..device.ptx import add_four, commit_group, copy_four, here, read_four, wait_group
-from ..device.rows import ALL, NONE, Rows
+from ..device.rows import ALL, NONE, capped
 from ..device.rowsum import rowsum
 from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, quotient
 from ..device.tiles import shared_tile
@@ -43,22 +43,23 @@ def build(problem, tile, device, **turned):
     d, Br, Bc, MI, MQ, SIDE = problem.d, tile.Br, tile.Bc, a.rows // 16, a.rows_dQ // 16, a.side
     ROWS, QUERIES, COLUMNS, ROWS_dQ, COLUMNS_dQ = a.rows, a.queries, a.columns, a.rows_dQ, a.columns_dQ
     NS, NW, NK, NQ = QUERIES // 8, QUERIES // 16, COLUMNS // 8, COLUMNS_dQ // 8
-    PARTS, ACROSS = Br // (SIDE * QUERIES), d // COLUMNS_dQ
+    PARTS, WIDE, ACROSS = Br // (SIDE * QUERIES), a.wide, a.wide // COLUMNS_dQ
     warps, columns = Warps(a.warps, problem.dtype), Columns(problem, MI, QUERIES)
     STAGES, ONCE, AHEAD, BUFFERS = a.stages, a.barriers == 1, 3 - a.barriers, 3 - a.barriers
-    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = a.shared(d, tile)
+    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = a.shared(tile)
     (tile_P,) = tile_P or [tile_dS]
-    where, copy_QdO, copy_KV = warps.where_lean(), warps.copy_lean(Br, d), warps.copy_lean(Bc, d)
+    where, copy_QdO, copy_KV = warps.where_lean(), warps.copy_lean(Br, d, a.wide), warps.copy_lean(Bc, d, a.wide)
     KQt = VdOt = warps.product_nt(MI, QUERIES, d)
     own, others = warps.product_at("rn", MI, COLUMNS, QUERIES), warps.product_at("nn", MI, COLUMNS, QUERIES)
     dSK = warps.product_at("tn", MQ, COLUMNS_dQ, Bc)
     clear_S, clear_dKV, clear_dQ = warps.fill(MI, QUERIES), warps.fill(MI, COLUMNS), warps.fill(MQ, COLUMNS_dQ)
     put_S, put_dKV, put_dQ = warps.put_words_at(MI, QUERIES), warps.put_at(MI, COLUMNS), warps.put_at(MQ, COLUMNS_dQ)
     KEYS, QUERIES_OUT = Bc // a.warps, -(-Br // a.warps)  # that a warp stores
-    store_dKV, store_dQ, (tile_dQ,) = warps.store(KEYS, d), warps.store(QUERIES_OUT, d), Shared16(sdQ=(Br, d))
+    store_dKV, store_dQ, (tile_dQ,) = warps.store(KEYS, d), warps.store(QUERIES_OUT, d), Shared16(sdQ=(Br, WIDE))
     look, hide, weigh, slope = columns.look, columns.hide, columns.weigh, columns.slope
-    score, all_arrived, first_arrived = Rows(problem, MI, QUERIES).score, wait_group(0), wait_group(AHEAD - 1)
-    BANDED, STAGGERED = problem.mask.banded, a.stagger and not problem.mask.banded
+    score, all_arrived, first_arrived = capped(MI, QUERIES, problem.softcap > 0), wait_group(0), wait_group(AHEAD - 1)
+    BANDED, SOFTCAP = problem.mask.banded, problem.softcap > 0
+    STAGGERED = a.stagger and not BANDED
 
     tile_L = shared_tile("sL", shared.bytes // 4, 1, STAGES * Br, 1)
     tile_D = shared_tile("sD", shared.bytes // 4 + STAGES * Br, 1, STAGES * Br, 1)
@@ -175,13 +176,14 @@ def build(problem, tile, device, **turned):
                                 score(rS, scale, softcap)
                             if seen != ALL:
                                 hide(rS, NEG_INF, j0 + w0, i * Br + r0, N_k, lo, hi, lane)
-                            weigh(rP, rW, rS, sL, slot + r0, lane, unit, softcap)
+                            weigh(rP, rW, rS, sL, slot + r0, lane, unit)
 
                             # dPᵀ = V dOᵀ,  dS = P ∘ (dP - D)    lines 13, 14
                             clear_S(rdP)
                             VdOt(rdP, sV, w0, sdO, slot + r0)
                             if seen != ALL:
-                                hide(rdP, ZERO, j0 + w0, i * Br + r0, N_k, lo, hi, lane)
+                                again = int32(here(lane)) if SOFTCAP else lane  # what ptxas needs to spill nothing
+                                hide(rdP, ZERO, j0 + w0, i * Br + r0, N_k, lo, hi, again)
                             slope(rdS, rW, rdP, sD, slot + r0, lane)
 
                             # dV += Pᵀ dO,  dK += dSᵀ Q    lines 12, 16
@@ -215,7 +217,7 @@ def build(problem, tile, device, **turned):
                     # dQ += dS K, line 15
                     clear_dQ(rdQ)
                     dSK(rdQ, sdS, (buffer, q0), sK, (0, cq))
-                    to = int32(i * (Br * d) + warp * (ROWS_dQ * COLUMNS_dQ) + 4 * lane)
+                    to = int32(i * (Br * WIDE) + warp * (ROWS_dQ * COLUMNS_dQ) + 4 * lane)
                     for mi in range(MQ):
                         for n in range(NQ):
                             add_four(dQh, to + 128 * (mi * NQ + n), (
@@ -233,7 +235,7 @@ def build(problem, tile, device, **turned):
             store_dKV(dK[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sK, r0, lane)  # line 18
             store_dKV(dV[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sV, r0, lane)
 
-        return Launch(bwd_v2_mma, warps.threads, a.bytes(d, tile), blocks=a.blocks)
+        return Launch(bwd_v2_mma, warps.threads, a.bytes(tile), blocks=a.blocks, tile=tile)
 
     @cuda.jit
     def to_dtype(dQ_acc, dQ, scale):
@@ -246,7 +248,7 @@ def build(problem, tile, device, **turned):
         dQ_acc = dQ_acc[bh]
         sdQ = tile_dQ(cuda.shared.array(0, int16, 128))  # [Br, d]
         rdQ = cuda.local.array((MQ, NQ, 4), float32)
-        start = int32(i * (Br * d) + warp * (ROWS_dQ * COLUMNS_dQ) + 4 * lane)
+        start = int32(i * (Br * WIDE) + warp * (ROWS_dQ * COLUMNS_dQ) + 4 * lane)
         for mi in range(MQ):
             for n in range(NQ):
                 at = start + 128 * (mi * NQ + n)
@@ -257,17 +259,17 @@ def build(problem, tile, device, **turned):
         store_dQ(dQ[b, :, h], i * Br + r0, min(i * Br + Br, N_q), sdQ, r0, lane)
 
     run_rowsum, plain, scored = rowsum(problem), kernel(False), kernel(True)
-    run_to_dtype = Launch(to_dtype, warps.threads, 2 * Br * d)
+    run_to_dtype = Launch(to_dtype, warps.threads, 2 * Br * WIDE, tile=tile)
 
     def launch(problem, Q, K, V, mask, O, LSE, dO, dQ, dK, dV):
         lo, hi = problem.mask.band(problem.N_q, problem.N_k)
         heads, Tr, Tc = problem.B * problem.H, -(-problem.N_q // Br), -(-problem.N_k // Bc)
         run, unit = plain, problem.scale * float(LOG2_E)
         if problem.softcap > 0 or problem.scale <= 0:
-            run, unit = scored, float(LOG2_E)
+            run, unit = scored, (problem.softcap or 1.0) * float(LOG2_E)
         section = max(1, L2_BYTES // max(1, 8 * problem.N_q * d * problem.group))
         L, D = scratch(heads, Tr * Br, like=Q), scratch(heads, Tr * Br, like=Q)
-        dQ_acc, dO = zeros("dQ_acc", heads, Tr * Br * d, like=Q), addressable(dO)
+        dQ_acc, dO = zeros("dQ_acc", heads, Tr * Br * WIDE, like=Q), addressable(dO)
         run_rowsum(addressable(O), dO, LSE, L, D)
         run(
             Tc * problem.B * problem.H_kv, addressable(Q), addressable(K), addressable(V), dO, L, D, dQ_acc, dK, dV,
@@ -275,7 +277,7 @@ def build(problem, tile, device, **turned):
         )  # fmt: skip
         run_to_dtype(Tr * heads, dQ_acc, dQ, problem.scale)
 
-    return launch
+    return all_or_none(launch)
 
 
 VARIANT = Variant(

@@ -12,13 +12,13 @@ from numba import cuda, float32, int16, int32, uint32
 
 from ..device import Launch, device_function, scratch
 from ..device.columns import Columns
-from ..device.launch import addressable
+from ..device.launch import addressable, all_or_none
 from ..device.layout import TILES, Switches, check, chosen, chosen_dQ, usual_tile  # noqa: F401  (Switches: for the catalog)
 from ..device.mma import MMA, Warps
 from ..device.ptx import commit_group, copy_four, fma, here, wait_group
-from ..device.rows import ALL, NONE, Rows
+from ..device.rows import ALL, NONE, Rows, capped
 from ..device.rowsum import rowsum
-from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, divide, exp2, quotient
+from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, exp2, quotient
 from ..device.tiles import shared_tile
 from ..variant import Variant
 
@@ -34,15 +34,15 @@ def build(problem, tile, device, **turned):
     NS, NW, NK = QUERIES // 8, QUERIES // 16, COLUMNS // 8
     warps, columns = Warps(a.warps, problem.dtype), Columns(problem, MI, QUERIES)
     STAGES, ONCE, AHEAD, BUFFERS = a.stages, a.barriers == 1, 3 - a.barriers, 3 - a.barriers
-    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = a.shared(d, tile)
+    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = a.shared(tile)
     (tile_P,) = tile_P or [tile_dS]
-    where, copy_QdO, copy_KV = warps.where_lean(), warps.copy_lean(Br, d), warps.copy_lean(Bc, d)
+    where, copy_QdO, copy_KV = warps.where_lean(), warps.copy_lean(Br, d, a.wide), warps.copy_lean(Bc, d, a.wide)
     KQt = VdOt = warps.product_nt(MI, QUERIES, d)
     own, others = warps.product_at("rn", MI, COLUMNS, QUERIES), warps.product_at("nn", MI, COLUMNS, QUERIES)
     clear_S, clear_dKV, KEYS = warps.fill(MI, QUERIES), warps.fill(MI, COLUMNS), Bc // a.warps
     put_S, put_dKV, store_dKV = warps.put_words_at(MI, QUERIES), warps.put_at(MI, COLUMNS), warps.store(KEYS, d)
     look, hide, weigh, slope = columns.look, columns.hide, columns.weigh, columns.slope
-    score, all_arrived, first_arrived = Rows(problem, MI, QUERIES).score, wait_group(0), wait_group(AHEAD - 1)
+    score, all_arrived, first_arrived = capped(MI, QUERIES, problem.softcap > 0), wait_group(0), wait_group(AHEAD - 1)
     BANDED, SOFTCAP = problem.mask.banded, problem.softcap > 0
 
     tile_L = shared_tile("sL", shared.bytes // 4, 1, STAGES * Br, 1)
@@ -146,7 +146,7 @@ def build(problem, tile, device, **turned):
                                 score(rS, scale, softcap)
                             if seen != ALL:
                                 hide(rS, NEG_INF, j0 + w0, i * Br + r0, N_k, lo, hi, lane)
-                            weigh(rP, rW, rS, sL, slot + r0, lane, unit, softcap)
+                            weigh(rP, rW, rS, sL, slot + r0, lane, unit)
 
                             # dPᵀ = V dOᵀ,  dS = P ∘ (dP - D)    lines 13, 14
                             clear_S(rdP)
@@ -192,7 +192,7 @@ def build(problem, tile, device, **turned):
             store_dKV(dK[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sK, r0, lane)  # line 18
             store_dKV(dV[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sV, r0, lane)
 
-        return Launch(dkdv, warps.threads, a.bytes(d, tile), blocks=a.blocks)
+        return Launch(dkdv, warps.threads, a.bytes(tile), blocks=a.blocks, tile=tile)
 
     # dQ: a warp owns rows of Q, and walks along the keys
     q = chosen_dQ(problem, tile)
@@ -204,15 +204,14 @@ def build(problem, tile, device, **turned):
     QKt = dOVt = by_rows.product_nt(MQ, KEYS_Q, d)
     dSK, clear_T, clear_dQ = by_rows.product_rn(MQ, d, KEYS_Q), by_rows.fill(MQ, KEYS_Q), by_rows.fill(MQ, d)
     put_dQ, store_dQ, (_, pack) = by_rows.put_at(MQ, d), by_rows.store(ROWS_Q, d), MMA[problem.dtype]
-    look_rows, hide_keys, score_rows = rows.look, rows.hide, rows.score
+    look_rows, hide_keys, score_rows = rows.look, rows.hide, capped(MQ, KEYS_Q, SOFTCAP)
 
     @device_function
-    def slope_of(s, L, dP, D, unit, softcap):
+    def slope_of(s, L, dP, D, unit):
         """dS = P (dP - D) of one pair."""
         p = exp2(fma(s, unit, -L))
         if SOFTCAP:
-            t = divide(s, softcap)
-            p = p * (ONE - t * t) if p != ZERO else ZERO
+            p = p * (ONE - s * s) if p != ZERO else ZERO
         return p * (dP - D)
 
     def kernel_dQ(SCORED):
@@ -281,8 +280,8 @@ def build(problem, tile, device, **turned):
                             for g in range(2):
                                 e, l, delta = 2 * g, rL[mi, g], rD[mi, g]
                                 rdS[mi, n // 2, 2 * (n % 2) + g] = pack(
-                                    slope_of(rS[mi, n, e], l, rdP[mi, n, e], delta, unit, softcap),
-                                    slope_of(rS[mi, n, e + 1], l, rdP[mi, n, e + 1], delta, unit, softcap),
+                                    slope_of(rS[mi, n, e], l, rdP[mi, n, e], delta, unit),
+                                    slope_of(rS[mi, n, e + 1], l, rdP[mi, n, e + 1], delta, unit),
                                 )
                     dSK(rdQ, rdS, 0, sK, slot)
                 slot = int32(KEYS_Q - slot)
@@ -293,7 +292,7 @@ def build(problem, tile, device, **turned):
             cuda.syncwarp()
             store_dQ(dQ[b, :, h], i0 + w0, N_q, sQ, w0, lane)
 
-        return Launch(dq, by_rows.threads, shared_dQ.bytes, blocks=q.blocks)
+        return Launch(dq, by_rows.threads, shared_dQ.bytes, blocks=q.blocks, tile=tile)
 
     run_rowsum = rowsum(problem)
     plain, scored = (kernel(False), kernel_dQ(False)), (kernel(True), kernel_dQ(True))
@@ -303,7 +302,7 @@ def build(problem, tile, device, **turned):
         heads, rows = problem.B * problem.H, -(-problem.N_q // max(Br, Br_Q)) * max(Br, Br_Q)
         (run_dkdv, run_dq), unit = plain, problem.scale * float(LOG2_E)
         if problem.softcap > 0 or problem.scale <= 0:
-            (run_dkdv, run_dq), unit = scored, float(LOG2_E)
+            (run_dkdv, run_dq), unit = scored, (problem.softcap or 1.0) * float(LOG2_E)
         L, D = scratch(heads, rows, like=Q), scratch(heads, rows, like=Q)
         Q, K, V, dO = map(addressable, (Q, K, V, dO))
         run_rowsum(addressable(O), dO, LSE, L, D)
@@ -313,7 +312,7 @@ def build(problem, tile, device, **turned):
         section = min(heads, problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d)))
         run_dq(-(-problem.N_q // Br_Q) * heads, Q, K, V, dO, L, D, dQ, *shape, section)
 
-    return launch
+    return all_or_none(launch)
 
 
 VARIANT = Variant(

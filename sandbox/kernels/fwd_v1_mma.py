@@ -302,7 +302,7 @@ def build(problem, tile, device, **turned):
                 slot = slot + 1 if slot + 1 < STAGES else 0
             arrived()
 
-        return Launch(fwd_v1_mma, warps.threads, shared.bytes + together.bytes, blocks=s.blocks)
+        return Launch(fwd_v1_mma, warps.threads, shared.bytes + together.bytes, blocks=s.blocks, tile=tile)
 
     plain, scored = kernel(False), kernel(True)
 

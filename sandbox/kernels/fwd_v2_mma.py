@@ -69,7 +69,7 @@ def chosen(problem, tile, device, **turned) -> Switches:
         s = replace(s, rows=16)
     if "blocks" not in turned:
         need = s.registers(d, Bc) + BESIDE + BESIDE // 2 * (problem.softcap > 0)
-        s = replace(s, blocks=max(1, min(3, 65_536 // (need * 32 * s.warps(Br)))))
+        s = replace(s, blocks=max(1, min(3, 65_536 // (need * 32 * max(1, s.warps(Br))))))
     return s
 
 
@@ -304,7 +304,7 @@ def build(problem, tile, device, **turned):
             mine = w0 + side * (ROWS // SHARE)
             store_O(Oh, i0 + mine, N_q, sQ, mine, lane)
 
-        return Launch(fwd_v2_mma, warps.threads, shared.bytes, blocks=s.blocks)
+        return Launch(fwd_v2_mma, warps.threads, shared.bytes, blocks=s.blocks, tile=tile)
 
     plain, scored = kernel(False), kernel(True)
 

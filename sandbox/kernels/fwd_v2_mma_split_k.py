@@ -28,6 +28,7 @@ TILES = (
     *(Tile(Br, Bc) for Br in (32, 64, 128) for Bc in (64, 128)),
 )
 REGISTERS, ROOMY, BESIDE = 192, 184, 40  # of a thread: for its tiles at most, with rounds of 32 rows, and beside
+HELD = 80  # of a thread, for O: what `usual` takes at most
 L2_BYTES = 32 << 20  # of K and V that are worked on at a time
 
 
@@ -104,7 +105,10 @@ def fit(problem, tile, device, **turned):
 
 
 def usual(problem, device) -> Tile:
-    tile = Tile(16, 32) if device.simulated else Tile(64 if problem.d in (32, 64, 128) else 32, 64)
+    tile = Tile(16, 32)
+    if not device.simulated:
+        W = warps_of(problem.d, 64)
+        tile = next(Tile(Br, 64) for Br in (64, 32, 16) if Br * problem.d <= 32 * W * HELD)
     fit(problem, tile, device)
     return tile
 
@@ -235,7 +239,7 @@ def build(problem, tile, device, **turned):
             cuda.syncthreads()
             store_O(Oh, i0 + warp * (Br // W), N_q, sQ, warp * (Br // W), lane)
 
-        return Launch(fwd_v2_mma_split_k, warps.threads, shared.bytes + together.bytes, blocks=s.blocks)
+        return Launch(fwd_v2_mma_split_k, warps.threads, shared.bytes + together.bytes, blocks=s.blocks, tile=tile)
 
     plain, scored = kernel(False), kernel(True)
 

@@ -163,10 +163,12 @@ def bwd_v2_deterministic(p: Problem, tile: Tile):
 
 
 def bwd_v2_mma(p: Problem, tile: Tile):
-    """As bwd_v2, but L and D, and dQ while it is summed, have whole row blocks; dQ = 0 is written before, unasked."""
+    """As bwd_v2, but L and D, and dQ while it is summed, have whole row blocks, and dQ columns of zeros, too."""
+    from ..device.layout import wide_of
+
     w, heads, kv_heads = walk(p, tile, rounded=True), p.B * p.H, p.B * p.H_kv
     once, all_rows = p.N_q * p.d, w.Tr * tile.Br
-    wide = p.d + (p.d % 32 if p.d > 128 else 0)  # columns of dQ, as many as warps share evenly
+    wide = wide_of(p.d)
     reads, writes = _rowsum(p, all_rows)
     visited = w.visits * tile.Br  # whole row blocks, past the end too
     reads |= {"Q": w.Q_rows * p.d, "dO": once + w.Q_rows * p.d, "L": visited, "D": visited}

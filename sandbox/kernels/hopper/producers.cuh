@@ -62,7 +62,7 @@ DEVICE void send_O(Ring<1> &O_here, Shared &s, const TensorMap &map, const Work 
 // One hands out row blocks.
 DEVICE void hand_out(Shared &s, const Shape &shape, int *counter) {
     Deal<DYNAMIC, Blocks> deal{{shape}, {&s.slot, s.told}, counter};
-    while (deal.one());
+    while (deal.one()) deal.next.told.acquire(), deal.draw();
 }
 
 DEVICE void bring_Q(Shared &s, const TensorMap &map) {
@@ -159,7 +159,9 @@ struct Loader {
 
     // Block j, if the row block has one.
     DEVICE void K(const Ring<STAGES> &ring, const Work &w, int j) {
-        if (mine && j >= w.first) ring.acquire(), ask_K(ring, s, map_K, w, j);
+        if (!mine || j < w.first) return;
+        ring.acquire(), ask_K(ring, s, map_K, w, j);
+        if (j == w.first && asks()) deal.draw();
     }
 
     DEVICE void V(const Ring<STAGES> &ring, const Work &w, int j) {

@@ -87,14 +87,17 @@ struct Deal {
         next.told.acquire();
         *next.slot = order.at(index);
         next.told.publish(), next.told.next();
-        if (index >= order.count()) return false;
-        if (Dynamic) {
-            const int ticket = atomicAdd(counter, 1);  // one is taken for each row block: a thread block's first is free
-            if (ticket == order.count() - 1) *counter = 0;
-            index = gridDim.x + ticket;
-        } else {
-            index += gridDim.x;
-        }
-        return true;
+        return index < order.count();
+    }
+
+    // Which one comes next, not before K of this one has been asked for: who has a ticket and computes another row block
+    // keeps one of the longest from those that are free.
+    DEVICE void draw() { index = Dynamic ? gridDim.x + ticket() : index + gridDim.x; }
+
+    // One is taken for each row block: a thread block's first is free.
+    DEVICE int ticket() {
+        const int its = atomicAdd(counter, 1);
+        if (its == order.count() - 1) *counter = 0;
+        return its;
     }
 };

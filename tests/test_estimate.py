@@ -1,0 +1,105 @@
+"""The estimate by which kernels on the tensor cores choose their tile: its steps are those counted; what it obeys."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandbox import catalog
+from sandbox.choose import choose_tile
+from sandbox.device import estimate, layout
+from sandbox.device.estimate import Pace
+from sandbox.kernels import fwd_v2_mma
+from sandbox.mask import Mask
+from sandbox.measure import formulas
+from sandbox.problem import Problem
+from sandbox.variant import HOPPER, Tile
+
+sizes = st.integers(0, 70)
+masks = st.builds(
+    Mask, st.booleans(), st.sampled_from(["bottom_right", "top_left"]),
+    st.one_of(st.just((-1, -1)), st.tuples(st.integers(-1, 30), st.integers(-1, 30))),
+)  # fmt: skip
+tiles = st.builds(Tile, st.integers(1, 20), st.integers(1, 20))
+
+
+@given(N_q=sizes, N_k=sizes, mask=masks, tile=tiles, group=st.integers(1, 3))
+def test_steps_are_the_tiles_that_the_walk_visits(N_q, N_k, mask, tile, group):
+    p = Problem(1, group, 1, N_q, N_k, 16, "fp16", mask=mask)
+    walk = formulas.walk(p, tile, rounded=True)
+    rows, keys = estimate.steps_along_keys(p, tile), estimate.steps_along_rows(p, tile)
+    assert (len(rows), len(keys)) == (walk.Tr, walk.Tc)
+    assert keys.sum() == group * walk.visits
+    assert (rows == 0).sum() == walk.blind
+    if tile.Bc == 1:
+        assert rows.sum() == walk.K_rows
+
+
+paces = st.builds(
+    Pace, st.sampled_from([1, 2, 4, 8]), st.integers(1, 3), st.floats(10, 1e4), st.floats(0, 1e3), st.floats(0, 1e4)
+)
+
+
+@given(pace=paces, steps=st.lists(st.integers(0, 40), max_size=9), heads=st.integers(0, 400))
+def test_more_to_do_takes_no_less_time(pace, steps, heads):
+    steps = np.array(sorted(steps, reverse=True), dtype=int)
+    clocks = pace.clocks(steps, heads, HOPPER)
+    assert clocks >= 0 and (clocks > 0 or pace.edges == 0 or not heads * len(steps) or not steps.any())
+    assert pace.step(1) >= pace.busy and pace.step(2) >= pace.step(1)
+    longest = max(steps, default=0) * pace.busy * (heads > 0)
+    work = heads * steps.sum() * pace.busy * pace.warps / (4 * HOPPER.sms)
+    assert (
+        clocks >= 0.999 * longest and clocks >= 0.999 * work
+    )  # no faster than its longest block, or its four quarters
+
+
+def test_equal_blocks_come_in_waves():
+    pace, one = Pace(4, 1, 100.0, 0.0, 0.0), np.full(1, 10)
+    alone = pace.clocks(one, 1, HOPPER)
+    assert pace.clocks(one, 132, HOPPER) == alone and pace.clocks(one, 133, HOPPER) == pytest.approx(2 * alone)
+
+
+def test_registers_of_a_thread():
+    """[CUDA programming guide: a quarter of a multiprocessor has 16,384 registers, a warp takes them 256 at a time]"""
+    assert [estimate.registers(*args) for args in ((4, 1), (4, 2), (8, 1), (4, 3), (6, 2), (6, 3), (8, 2))] == [
+        255, 255, 255, 168, 168, 96, 128
+    ]  # fmt: skip
+
+
+def choice(name, d, causal, heads, N, **more):
+    problem = Problem(1, heads, heads, N, N, d, "bf16", mask=Mask(causal), **more)
+    return choose_tile(problem, HOPPER, catalog.find(name))
+
+
+def test_few_blocks_are_small_and_many_large():
+    for d in (64, 128):
+        small, large = (choice("fwd_v2_mma", d, False, heads, N) for heads, N in ((4, 512), (64, 4096)))
+        assert small.Br < large.Br
+        small, large = (choice("bwd_v2_mma", d, True, heads, N) for heads, N in ((4, 512), (64, 4096)))
+        assert small.Bc < large.Bc
+
+
+@pytest.mark.parametrize("name", ["fwd_v2_mma", "bwd_v2_mma", "bwd_v2_mma_deterministic"])
+@pytest.mark.parametrize("d", [16, 48, 80, 112, 192, 256])
+def test_every_shape_has_a_tile_with_registers_to_spare(d, name):
+    for causal in (False, True):
+        for heads, N in ((1, 1), (1, 0), (3, 130), (24, 3000), (700, 64)):
+            tile, kind = choice(name, d, causal, heads, N), Problem(1, 1, 1, 1, 1, d, "bf16", mask=Mask(causal))
+            if name == "fwd_v2_mma":
+                assert tile in fwd_v2_mma.paces(kind, HOPPER)
+            else:
+                spare = layout.chosen(kind, tile, HOPPER).registers(False) <= layout.REGISTERS - 32
+                assert spare or tile in (layout.largest(name, "bwd_v2", kind, HOPPER), Tile(128, 64))
+
+
+def test_a_softcap_takes_what_it_took():
+    assert choice("fwd_v2_mma", 64, False, 64, 4096, softcap=5.0) == Tile(128, 64)
+    assert choice("fwd_v2_mma", 64, False, 2, 512, softcap=5.0) == Tile(64, 64)
+    assert choice("bwd_v2_mma", 64, False, 2, 512, softcap=5.0) == Tile(64, 128)
+
+
+def test_a_choice_is_made_once_for_each_kind_of_kernel():
+    fwd_v2_mma.paces.cache_clear()
+    for N in (1000, 1001, 1002):
+        choice("fwd_v2_mma", 128, True, 7, N)
+    assert fwd_v2_mma.paces.cache_info().misses == 1
