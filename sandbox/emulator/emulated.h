@@ -430,7 +430,7 @@ inline void __syncwarp(u32 lanes) {
 
 template <class Number>  // of 4 bytes
 Number __shfl_sync(u32, Number x, int lane) {
-    return __builtin_bit_cast(Number, u32(emulated::meet(emulated::warp(), 32, __builtin_bit_cast(u32, x))[lane]));
+    return __builtin_bit_cast(Number, u32(emulated::meet(emulated::warp(), 32, __builtin_bit_cast(u32, x))[lane % 32]));
 }
 
 template <class Number>
@@ -508,6 +508,11 @@ inline u32 nanoseconds() { return emulated::ticks; }
 
 template <int Size>
 void settled(float (&)[Size]) {}
+
+template <int Size>
+void made_anew(float (&x)[Size]) {
+    std::fill(x, x + Size, std::nanf(""));  // who needs what was there will see
+}
 
 // These wait for all lanes of the warp, as their .sync says.
 inline void products_begin() { emulated::meet(emulated::warp(), 32); }

@@ -29,8 +29,10 @@ struct Consumer : Rows {
     Trace trace;
     const Scales &scales;
     float unit;   // of S, in powers of 2; but for K's scale, where blocks have one
-    Worth worth;  // of the blocks under way
-    float sigma;  // the scale of V that O has
+    Strip strip;  // of blocks' scales
+    float of_K;   // the block's under way
+    float sunk;   // powers of 2 that V's scales have made m larger by
+    float sigma;  // the scale of V that is visited last
     Softmax<In8Bits> softmax;
     float rS[Bc / 2];             // S, then P̃  [64, Bc]
     u32 rP[Bc / 8];               // P̃ in 8 bits, four to a register
@@ -70,8 +72,33 @@ struct Consumer : Rows {
     DEVICE void take_scales() {
         const int head = w.batch * shape.H + w.head, block = min(i0, shape.N_q - 1) / scales.q_rows;
         unit = load(scales.Q + head * scales.q_blocks + min(block, scales.q_blocks - 1)) * shape.scale * LOG2_E;
-        worth = {1.f, 0.f};
-        if (!BLOCKED) unit *= load(scales.K + head / shape.group), sigma = load(scales.V + head / shape.group);
+        const int blocks = head / shape.group * scales.kv_blocks;
+        strip.K = scales.K + blocks, strip.V = scales.V + blocks, of_K = 1.f;
+        if (BLOCKED) sunk = 0.f, strip.last = w.end - 1, strip.take(w.end - 1, lane), sigma = load(strip.V + w.first);
+        else unit *= load(strip.K), sigma = load(strip.V);
+    }
+
+    DEVICE void take_scale(int j) {
+        if (!BLOCKED) return;
+        of_K = __shfl_sync(~0u, strip.of_K, j);  // j % 32
+        if (of_K < 0.f) turn_over(j);
+    }
+
+    DEVICE void turn_over(int j) {
+        of_K = -of_K;
+        if (const float rise = __shfl_sync(~0u, strip.rise, j); rise != 0.f) {
+            softmax.lower(rise), sunk = fmaxf(sunk - rise, 0.f);
+            if (sunk > MOST_SUNK) lift_O();
+        }
+        if (j % STRIP == 0 && j > w.first) strip.take(j - 1, lane);
+    }
+
+    // m as it would be but for V's scales.
+    DEVICE void lift_O() {
+        const float by = exp2_approx(sunk);
+        softmax.lower(sunk), sunk = 0.f;
+        products_wait<0>(rO), scale_rows(rO, {by, by});
+        if (TWO_LEVEL) scale_rows(rT, {by, by});
     }
 
     DEVICE void skip_K() {
@@ -104,7 +131,7 @@ struct Consumer : Rows {
     }
 
     DEVICE void first(int j) {
-        if (BLOCKED) worth = first_lane(s.worth[K.stage]), sigma = first_lane(s.sigma[K.stage]);
+        take_scale(j);
         trace.enter(FOR_S), products_wait<0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
@@ -121,8 +148,7 @@ struct Consumer : Rows {
         trace.enter(FOR_V), V.wait();
         weigh();
         turn.pass();
-        if (BLOCKED) worth = first_lane(s.worth[K.stage]);
-        if (BLOCKED && worth.fold == 0.f) bring_O_to(first_lane(s.sigma[K.stage]));
+        take_scale(j);
         trace.enter(FOR_S), products_wait<OVERLAP ? 1 : 0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
@@ -136,20 +162,12 @@ struct Consumer : Rows {
         take_P();
     }
 
-    // O in the unit of another scale of V.
-    DEVICE void bring_O_to(float scale) {
-        if (scale == sigma) return;
-        const float ratio = __fdividef(sigma, scale);
-        products_wait<0>(rO), scale_rows(rO, {ratio, ratio}), sigma = scale;
-        if (TWO_LEVEL) scale_rows(rT, {ratio, ratio});
-    }
-
     template <bool MASKED>
     DEVICE void exponentials(int j) {
-        float of_S = unit * worth.K;
+        float of_S = unit * of_K;
         if (SCORED) score(rS, of_S / LOG2_E), of_S = LOG2_E;
         if (MASKED) mask(rS, j);
-        softmax.follow(rS, of_S), softmax.weights(rS, of_S, worth.fold, BLOCKED ? exp2_approx(-worth.fold) : 1.f);
+        softmax.follow(rS, of_S), softmax.weights(rS, of_S);
     }
 
     // S_j is there, so that the next K may come; if it was the last one, the next Q, too.
@@ -174,7 +192,7 @@ struct Consumer : Rows {
         trace.enter(QK);
         const u64 q = by_columns(shared_address(s.sQ[warpgroup]), WIDTH);
         const u64 k = further(by_columns(shared_address(s.sK[0]), WIDTH), K.stage * (KV_BYTES >> 4));
-        products_begin();
+        products_begin(), made_anew(rS);
 #pragma unroll
         for (int c = 0; c < d / 32; ++c) {
             const int panel = c / (WIDTH / 32), inside = c % (WIDTH / 32) * NEXT_COLUMNS;
@@ -244,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warpgroup = uniform(~0u, threadIdx.x / 128);
     if (warpgroup == WARPGROUPS) {
         give_registers<GIVEN>();
-        produce(s, Q, K, V, O, shape, counter, BesideK(s, scales, shape));
+        produce(s, Q, K, V, O, shape, counter);
     } else {
         take_registers<TAKEN>();
         Consumer(s, O, LSE, shape, marks, warpgroup, scales).run();

@@ -122,6 +122,14 @@ DEVICE void settled(float (&x)[Size]) {
     for (int e = 0; e < Size; ++e) asm volatile("" : "+f"(x[e])::"memory");
 }
 
+// What x was is of no use to the first product: its registers are not carried along from there.  (So ptxas packs four
+// numbers in e4m3 by two instructions; it takes three where they, as it believes, pass through a loop.)
+template <int Size>
+DEVICE void made_anew(float (&x)[Size]) {
+#pragma unroll
+    for (int e = 0; e < Size; ++e) asm volatile("" : "=f"(x[e]));
+}
+
 // Waits until at most `Pending` batches are under way, the youngest ones; rC belongs to one that is done.
 template <int Pending, int Size>
 DEVICE void products_wait(float (&rC)[Size]) {

@@ -21,8 +21,8 @@ template <bool Lazy>
 struct In16Bits {
     static constexpr float ROOM = Lazy ? 8.f : 0.f, SLACK = 0.f, OFFSET = 0.f;
 };
-struct In8Bits {  // at most 2^(8.5 + 0.29) = 448, the largest number of e4m3: the rest is a fold's (scales.cuh)
-    static constexpr float ROOM = 0.5f, SLACK = 1.f, OFFSET = 8.f;
+struct In8Bits {  // at most 2^8.8, and e4m3 ends at 448 = 2^8.807
+    static constexpr float ROOM = 0.8f, SLACK = 1.f, OFFSET = 8.f;
 };
 
 // The maxima of a thread's two rows, over the four lanes that share them.
@@ -76,10 +76,19 @@ struct Softmax {
         }
     }
 
-    // rS becomes P̃ = 2^(unit S - m + fold); l sums what P̃ is worth, unfold = 2^-fold.
+    // m becomes less by so many powers of 2.
+    DEVICE void lower(float by) {
+#pragma unroll
+        for (int a = 0; a < 2; ++a) {
+            const float before = m[a];
+            m[a] -= by, l[a] *= exp2_approx(before - m[a]);
+        }
+    }
+
+    // rS becomes P̃ = 2^(unit S - m).
     template <int Size>
-    DEVICE void weights(float (&rS)[Size], float unit, float fold = 0.f, float unfold = 1.f) {
-        const float to[2] = {Leeway::OFFSET + fold - m[0], Leeway::OFFSET + fold - m[1]};
+    DEVICE void weights(float (&rS)[Size], float unit) {
+        const float to[2] = {Leeway::OFFSET - m[0], Leeway::OFFSET - m[1]};
         float sum[2];
 #pragma unroll
         for (int e = 0; e < Size; e += 2) {
@@ -88,7 +97,7 @@ struct Softmax {
             sum[a] = e < 4 ? rS[e] + rS[e + 1] : sum[a] + (rS[e] + rS[e + 1]);
         }
 #pragma unroll
-        for (int a = 0; a < 2; ++a) l[a] = l[a] * alpha[a] + sum[a] * unfold;
+        for (int a = 0; a < 2; ++a) l[a] = l[a] * alpha[a] + sum[a];
     }
 
     // Whether what older sums are worth has changed in any row of the warp.
