@@ -135,7 +135,7 @@ struct Consumer : Rows {
         trace.enter(FOR_S), products_wait<0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
-        exponentials<true>(j);
+        exponentials<true, true>(j);
         take_P();
     }
 
@@ -162,12 +162,12 @@ struct Consumer : Rows {
         take_P();
     }
 
-    template <bool MASKED>
+    template <bool MASKED, bool FIRST = false>
     DEVICE void exponentials(int j) {
         float of_S = unit * of_K;
         if (SCORED) score(rS, of_S / LOG2_E), of_S = LOG2_E;
         if (MASKED) mask(rS, j);
-        softmax.follow(rS, of_S), softmax.weights(rS, of_S);
+        softmax.template follow<FIRST>(rS, of_S), softmax.weights(rS, of_S);
     }
 
     // S_j is there, so that the next K may come; if it was the last one, the next Q, too.

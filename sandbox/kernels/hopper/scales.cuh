@@ -17,7 +17,7 @@ struct Scales {
 };
 
 constexpr int STRIP = 32;          // blocks, a lane each: block j in lane j % 32
-constexpr float MOST_SUNK = 2.5f;  // powers of 2 that P̃ may lose
+constexpr float MOST_SUNK = 0.5f;  // powers of 2 that P̃ may lose
 
 // A head's scales of K and V, of the blocks that come next.
 struct Strip {

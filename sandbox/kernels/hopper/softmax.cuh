@@ -16,13 +16,14 @@ constexpr float LOWEST = __builtin_bit_cast(float, 0xFF7FFFFF);  // finite: less
 DEVICE constexpr int row_of(int e) { return e / 2 % 2; }
 DEVICE constexpr int column_of(int e, int lane) { return e / 4 * 8 + lane % 4 * 2 + e % 2; }
 
-// Powers of 2: how far a maximum may be above m; how far m is above a new one; how much larger P̃ and l are.
+// Powers of 2: how far a maximum may be above m; how far m is above the first one, and above a new one; how much larger P̃
+// and l are.  Most maxima are less than four times that of the first block, so that few rows follow one after it.
 template <bool Lazy>
 struct In16Bits {
-    static constexpr float ROOM = Lazy ? 8.f : 0.f, SLACK = 0.f, OFFSET = 0.f;
+    static constexpr float ROOM = Lazy ? 8.f : 0.f, FIRST = 0.f, SLACK = 0.f, OFFSET = 0.f;
 };
 struct In8Bits {  // at most 2^8.8, and e4m3 ends at 448 = 2^8.807
-    static constexpr float ROOM = 0.8f, SLACK = 1.f, OFFSET = 8.f;
+    static constexpr float ROOM = 0.8f, FIRST = 2.f, SLACK = 1.f, OFFSET = 8.f;
 };
 
 // The maxima of a thread's two rows, over the four lanes that share them.
@@ -61,7 +62,7 @@ struct Softmax {
     float alpha[2];                 // exp(m_old - m): what O and l of before are worth now
 
     // m, and alpha.  unit > 0: log2 e, times the scale that S has not had yet.
-    template <int Size>
+    template <bool First = false, int Size>
     DEVICE void follow(const float (&rS)[Size], float unit) {
         float top[2];
         maxima(rS, top);
@@ -70,7 +71,7 @@ struct Softmax {
             top[a] *= unit;
             alpha[a] = 1.f;
             if (top[a] > m[a] + Leeway::ROOM) {
-                top[a] += Leeway::SLACK;
+                top[a] += First ? Leeway::FIRST : Leeway::SLACK;
                 alpha[a] = exp2_approx(m[a] - top[a]), m[a] = top[a];
             }
         }
