@@ -28,7 +28,7 @@ struct Side {
 struct Sides {
     Side Q, K, V;
     int heads_q, heads_kv;  // of all batches
-    u32 flip[128];          // the sign bits that change, of each two columns
+    u32 flip[8];            // which signs change, of a lane's columns
 };
 
 constexpr int INFINITE = 0x7F800000;  // as an integer; NaN is more
@@ -57,10 +57,11 @@ struct Piece {
         for (int e = 0; e < 16; ++e) unpack<BF16>(two[e / 4][e % 4], x[2 * e], x[2 * e + 1]);
     }
 
-    // x diag(±1)
+    // x diag(±1): those of the lane's word e are bits 31 - e and 15 - e
     DEVICE void change_signs(u32 (&two)[4][4], const u32 *flip) const {
+        const u32 mine = flip[lane];
 #pragma unroll
-        for (int e = 0; e < 16; ++e) two[e / 4][e % 4] ^= flip[column(e / 4, lane) / 2 + e % 4];
+        for (int e = 0; e < 16; ++e) two[e / 4][e % 4] ^= mine << e & 0x80008000;
     }
 
     // x Hadamard / √d: butterflies between neighbours first, then between pairs, up to halves
