@@ -15,8 +15,8 @@ a little above it; and where σ changes m moves by log(σ_j/σ_prev), so that α
 too small for e4m3.
 
 Keys are visited from last to first, as the kernel does.  All rows of all heads go along at once: how many a row block
-has changes nothing, but for a lazy kernel, where those of a warpgroup decide together.  The products' terms are exact in
-fp32.  How they are summed, a choice of three:
+has changes nothing, but for a lazy kernel, where those of a warpgroup decide together.  The products' terms are exact
+in fp32.  How they are summed, a choice of three:
 
     fp32         every sum rounds as fp32 does
     fp22         a model of Hopper's tensor cores: after every 32 terms the accumulator keeps 13 bits of its mantissa

@@ -6,7 +6,7 @@
 //     V is Vᵀ        8-bit products sum along rows, so V comes transposed; and its keys lie in the order in which a thread
 //                    has them in P̃ after the first product, so that P̃ needs no exchange between lanes
 //     P̃ is larger   by 2^8, for e4m3 to have room for small ones; l sums it before it is rounded
-//     scales         Q's and K's go into the exponent, V's into P̃ or O (scales.cuh)
+//     scales         they go into the softmax's exponent (scales.cuh)
 //     O is rescaled  where P̃ would be too large, not where it has grown a lot: e4m3 ends at 448
 //
 // Compile-time, by -D: as fwd_v3.cu, where Q_IN_REGISTERS counts 32 columns; BLOCKED: scales of blocks, else of heads;
@@ -29,9 +29,9 @@ struct Consumer : Rows {
     Trace trace;
     const Scales &scales;
     float unit;   // of S, in powers of 2; but for K's scale, where blocks have one
-    Strip strip;  // of blocks' scales
-    float of_K;   // the block's under way
-    float sunk;   // powers of 2 that V's scales have made m larger by
+    Strip strip;  // scales of K and of V, where blocks have them
+    float of_K;   // the scale of the block under way
+    float sunk;   // powers of 2 that V's scales have put m up by
     float sigma;  // the scale of V that is visited last
     Softmax<In8Bits> softmax;
     float rS[Bc / 2];             // S, then P̃  [64, Bc]
@@ -68,7 +68,7 @@ struct Consumer : Rows {
         if (threadIdx.x % 128 == 0) copies_out_read();
     }
 
-    // The scale of these rows of Q, and of all of K and V, where there is but one.
+    // The scale of these rows of Q, and of K and V: of all, where there is but one, else of the first blocks.
     DEVICE void take_scales() {
         const int head = w.batch * shape.H + w.head, block = min(i0, shape.N_q - 1) / scales.q_rows;
         unit = load(scales.Q + head * scales.q_blocks + min(block, scales.q_blocks - 1)) * shape.scale * LOG2_E;
@@ -78,23 +78,20 @@ struct Consumer : Rows {
         else unit *= load(strip.K), sigma = load(strip.V);
     }
 
+    // Those of block j.
     DEVICE void take_scale(int j) {
         if (!BLOCKED) return;
-        of_K = __shfl_sync(~0u, strip.of_K, j);  // j % 32
-        if (of_K < 0.f) turn_over(j);
-    }
-
-    DEVICE void turn_over(int j) {
+        of_K = __shfl_sync(~0u, strip.of_K, j);  // lane j % 32
+        if (of_K >= 0.f) return;
         of_K = -of_K;
-        if (const float rise = __shfl_sync(~0u, strip.rise, j); rise != 0.f) {
-            softmax.lower(rise), sunk = fmaxf(sunk - rise, 0.f);
-            if (sunk > MOST_SUNK) lift_O();
-        }
+        if (const float rise = __shfl_sync(~0u, strip.rise, j); rise != 0.f) follow_V(rise);
         if (j % STRIP == 0 && j > w.first) strip.take(j - 1, lane);
     }
 
-    // m as it would be but for V's scales.
-    DEVICE void lift_O() {
+    // V's scale is so many powers of 2 larger than that of the block before.
+    DEVICE void follow_V(float rise) {
+        softmax.lower(rise), sunk = fmaxf(sunk - rise, 0.f);
+        if (sunk <= MOST_SUNK) return;
         const float by = exp2_approx(sunk);
         softmax.lower(sunk), sunk = 0.f;
         products_wait<0>(rO), scale_rows(rO, {by, by});
