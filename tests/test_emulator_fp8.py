@@ -176,7 +176,7 @@ DEFECTS = {
     "the scales of 32 blocks again": (KERNEL, "j % STRIP == 0 && j > w.first", "false", None),
     "m not brought to V's scale": (KERNEL, "softmax.lower(rise), sunk", "sunk", None),
     "l not brought to V's scale": (SOFTMAX, "m[a] -= by, l[a] *= exp2_approx(before - m[a]);", "m[a] -= by;", None),
-    "O not brought to a lower m": (KERNEL, "softmax.changed(lift)", "softmax.changed()", None),
+    "O not brought to a lower m": (KERNEL, "softmax.alpha[0] * lift", "softmax.alpha[0]", None),
     "O brought there again": (KERNEL, "if (BLOCKED) lift = 1.f;", "", None),
     "O brought there while it is summed": (KERNEL, "products_wait<0>(rO), scale_rows", "scale_rows", None),
     "S on top of what was there": (KERNEL, "rQ + 4 * c, k, in_K, c > 0)", "rQ + 4 * c, k, in_K, 1)", None),
