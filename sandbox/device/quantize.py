@@ -12,6 +12,7 @@ import functools
 
 import torch
 
+from .. import target
 from ..problem import NAMES
 from ..quantize import E4M3, HADAMARD, KEYS, KV_BLOCK, Q_BLOCK, Quantized, check_inputs, scale_of, signs
 from .hopper import HEADERS, HopperLaunch
@@ -66,13 +67,14 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
             "KV_BLOCK": kv_block if blocked else kv_rows, "BF16": int(NAMES[q.dtype] == "bf16"),
             "INCOHERENT": int(incoherent), "STEP": step,
         }  # fmt: skip
-        tiles = zip((q, k, v), (q8, k8, v8), found, (q_rows, kv_rows, kv_rows))
-        sides = [_side(*one) for one in tiles]
+        sides = [_side(*one) for one in zip((q, k, v), (q8, k8, v8), found, (q_rows, kv_rows, kv_rows))]
         flip = _flip(d, seed) if incoherent else NO_FLIP
-        blocks = B * (H * sides[0].tiles + H_kv * (sides[1].tiles + sides[2].tiles))
-        shared = kv_rows * (d + 8) + 4 * MOST_THREADS // 32
-        launch = _launch(tuple(defines.items()), max(q_rows, kv_rows) * d // NUMBERS, shared)
-        launch(blocks, Sides(*sides, B * H, B * H_kv, flip))
+        tiles = B * (H * sides[0].tiles + H_kv * (sides[1].tiles + sides[2].tiles))
+        threads = max(q_rows, kv_rows) * d // NUMBERS
+        shared = kv_rows * (d + 8) + 2 * NUMBERS * threads + 4 * 16 + 2 * 4 * MOST_THREADS // 32
+        launch = _launch(tuple(defines.items()), threads, shared)
+        blocks = target.device().sms * (MOST_THREADS // threads)
+        launch(min(tiles, blocks), Sides(*sides, B * H, B * H_kv, flip))
 
     if blocked:
         go(BLOCKS)
