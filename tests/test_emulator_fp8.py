@@ -176,9 +176,10 @@ DEFECTS = {
     "the scales of 32 blocks again": (KERNEL, "j % STRIP == 0 && j > w.first", "false", None),
     "m not brought to V's scale": (KERNEL, "softmax.lower(rise), sunk", "sunk", None),
     "l not brought to V's scale": (SOFTMAX, "m[a] -= by, l[a] *= exp2_approx(before - m[a]);", "m[a] -= by;", None),
-    "O not brought to a lower m": (KERNEL, "softmax.alpha[0] * lift", "softmax.alpha[0]", None),
-    "O brought there again": (KERNEL, "if (BLOCKED) lift = 1.f;", "", None),
-    "O brought there while it is summed": (KERNEL, "products_wait<0>(rO), scale_rows", "scale_rows", None),
+    "O not brought to a lower m": (KERNEL, "scale_rows(rO, {by, by});", "", None),
+    "O brought there while it is summed": (
+        KERNEL, "products_wait<0>(rO), scale_rows(rO, {by, by})", "scale_rows(rO, {by, by})", None,
+    ),
     "S on top of what was there": (KERNEL, "rQ + 4 * c, k, in_K, c > 0)", "rQ + 4 * c, k, in_K, 1)", None),
     "the maximum of negative rows as integers": (
         SOFTMAX, "if (!__any_sync(~0u, most[0] < 0 || most[1] < 0)) return;", "return;", None,

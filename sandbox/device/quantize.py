@@ -12,7 +12,6 @@ import functools
 
 import torch
 
-from .. import target
 from ..problem import NAMES
 from ..quantize import E4M3, HADAMARD, KEYS, KV_BLOCK, Q_BLOCK, Quantized, check_inputs, scale_of, signs
 from .hopper import HEADERS, HopperLaunch
@@ -73,8 +72,8 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
         threads = max(q_rows, kv_rows) * d // NUMBERS
         shared = kv_rows * (d + 8) + 2 * NUMBERS * threads + 4 * 16 + 2 * 4 * MOST_THREADS // 32
         launch = _launch(tuple(defines.items()), threads, shared)
-        blocks = target.device().sms * (MOST_THREADS // threads)
-        launch(min(tiles, blocks), Sides(*sides, B * H, B * H_kv, flip))
+        blocks = _multiprocessors(q) * (MOST_THREADS // threads)  # that stay; at d=64 that was slower
+        launch(tiles if d == 64 else min(tiles, blocks), Sides(*sides, B * H, B * H_kv, flip))
 
     if blocked:
         go(BLOCKS)
@@ -130,6 +129,10 @@ def _side(x, to, scale, rows) -> Side:
     (N, H), (batch, row, head) = x.shape[1:3], x.stride()[:3]
     pointers = (x.data_ptr(), to.data_ptr(), scale.data_ptr())
     return Side(*pointers, batch, row, head, N, H, scale.shape[2], -(-N // rows))
+
+
+def _multiprocessors(x) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 NO_FLIP = (ctypes.c_uint32 * MOST_LANES)()

@@ -32,7 +32,6 @@ struct Consumer : Rows {
     Strip strip;  // scales of K and of V, where blocks have them
     float of_K;   // the scale of the block under way
     float sunk;   // powers of 2 that V's scales have put m up by
-    float lift;   // what O is to be multiplied by, as it is down again
     float sigma;  // the scale of V that is visited last
     Softmax<In8Bits> softmax;
     float rS[Bc / 2];             // S, then P̃  [64, Bc]
@@ -75,7 +74,6 @@ struct Consumer : Rows {
         unit = load(scales.Q + head * scales.q_blocks + min(block, scales.q_blocks - 1)) * shape.scale * LOG2_E;
         const int blocks = head / shape.group * scales.kv_blocks;
         strip.K = scales.K + blocks, strip.V = scales.V + blocks, of_K = 1.f;
-        lift = 1.f;
         if (BLOCKED) sunk = 0.f, strip.last = w.end - 1, strip.take(w.end - 1, lane), sigma = load(strip.V + w.first);
         else unit *= load(strip.K), sigma = load(strip.V);
     }
@@ -93,7 +91,11 @@ struct Consumer : Rows {
     // V's scale is so many powers of 2 larger than that of the block before.
     DEVICE void follow_V(float rise) {
         softmax.lower(rise), sunk = fmaxf(sunk - rise, 0.f);
-        if (sunk > MOST_SUNK) lift = exp2_approx(sunk), softmax.lower(sunk), sunk = 0.f;
+        if (sunk <= MOST_SUNK) return;
+        const float by = exp2_approx(sunk);  // at once: to be kept for when O is rescaled anyway, it costs every step
+        softmax.lower(sunk), sunk = 0.f;
+        products_wait<0>(rO), scale_rows(rO, {by, by});
+        if (TWO_LEVEL) scale_rows(rT, {by, by});
     }
 
     DEVICE void skip_K() {
@@ -151,10 +153,7 @@ struct Consumer : Rows {
         settled(rS);
         trace.enter(FOR_O);
         if (TWO_LEVEL) take_PV();
-        if (softmax.changed(lift)) {
-            products_wait<0>(rO), scale_rows(rO, {softmax.alpha[0] * lift, softmax.alpha[1] * lift});
-            if (BLOCKED) lift = 1.f;
-        }
+        if (softmax.changed()) products_wait<0>(rO), scale_rows(rO, softmax.alpha);
         products_wait<0>(rO);  // not before the softmax: ptxas would move it there, but for the branch
         V.release(), V.next();
         take_P();

@@ -101,10 +101,8 @@ struct Softmax {
         for (int a = 0; a < 2; ++a) l[a] = l[a] * alpha[a] + sum[a];
     }
 
-    // Whether what older sums are worth has changed in any row of the warp, or in all.
-    DEVICE bool changed(float in_all = 1.f) const {
-        return __any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f || in_all != 1.f);
-    }
+    // Whether what older sums are worth has changed in any row of the warp.
+    DEVICE bool changed() const { return __any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f); }
 
     // All keys have been seen: l becomes the sum over a row's four lanes, and alpha what O is to be multiplied by.
     DEVICE void join() {
