@@ -11,12 +11,12 @@ e4m3 has room for small ones.  Both leave at the end:
     O = σ_last·Õ / l       LSE = m + ln l - 8·ln 2
 
 A lazy kernel rescales O seldom: m follows the maximum only where it has grown by more than P̃ has room for, and then to
-a little above it; and V_j comes to the unit that O has, σ, by P̃, which becomes σ_j/σ times as large, unless that is too
-much or too little for e4m3.
+a little above it; and where σ changes m moves by log(σ_j/σ_prev), so that α·(σ_prev/σ_j) is 1, unless P̃ would become
+too small for e4m3.
 
 Keys are visited from last to first, as the kernel does.  All rows of all heads go along at once: how many a row block
-has changes nothing, but for a lazy kernel, where they share σ.  The products' terms are exact in fp32.  How they are
-summed, a choice of three:
+has changes nothing, but for a lazy kernel, where those of a warpgroup decide together.  The products' terms are exact
+in fp32.  How they are summed, a choice of three:
 
     fp32         every sum rounds as fp32 does
     fp22         a model of Hopper's tensor cores: after every 32 terms the accumulator keeps 13 bits of its mantissa
@@ -36,8 +36,10 @@ from .quantize import Quantized, restore_keys, round_e4m3, transpose_keys
 INF, LN2 = math.inf, math.log(2)
 FULL = Mask()
 ACCUMULATE = ("fp32", "fp22", "two_level")
-ROOM, SLACK = 0.5, 1.0  # powers of 2: a lazy m stays where a maximum is at most ROOM above it, else goes SLACK above
-FOLD = 0.82, 4.0  # between which P̃ takes over σ/σ_j
+ROOM = 0.8  # powers of 2: a lazy m stays where a maximum is at most so much above it,
+FIRST, SLACK = 2.0, 1.0  # else goes above that: of the first block, and of others
+MOST_SUNK = 0.5  # powers of 2 that P̃ may lose to V's scales
+WARPGROUP_ROWS = 64  # of a lazy kernel, that decide together
 TERMS, KEPT = 32, -1 << (23 - 13)  # of one tensor-core instruction in 8 bits; the bits of fp32 that fp22 keeps
 ROUND = {
     "e4m3": round_e4m3, "fp16": lambda x: x.half().float(), "bf16": lambda x: x.bfloat16().float(), "fp32": lambda x: x,
@@ -47,14 +49,14 @@ ROUND = {
 @torch.no_grad()
 def flash_attention_3_fp8(
     x: Quantized, *, Bc=128, scale=None, mask=FULL, seen=None, softcap=0.0, exponent=8, P_dtype="e4m3",
-    accumulate="fp32", order=-1, lazy=None,
+    accumulate="fp32", order=-1, lazy=False,
 ):  # fmt: skip
     """O [B, N_q, H, d] and LSE [B, H, N_q], fp32.
 
     mask, seen    the band, and a bool tensor broadcastable to [B, H, N_q, N_k]: True = seen
     exponent      P̃ = 2^exponent·P; P_dtype: what P̃ is rounded to
     order         -1 visits keys from last to first, 1 the other way
-    lazy          Br of a lazy kernel, whose rows share σ; None rescales O at every step
+    lazy          as the kernel does; else O is rescaled at every step
 
     x may hold other dtypes than e4m3, for what one of the roundings does alone.
     """
@@ -72,6 +74,7 @@ def flash_attention_3_fp8(
 
     O, l, m = torch.zeros_like(Q), torch.zeros_like(Q[..., :1]), torch.full_like(Q[..., :1], -INF)
     sigma = torch.full_like(l, math.nan)  # the unit of O's rows, once they have seen a block
+    sunk = torch.zeros_like(l)  # powers of 2 that V's scales have made m larger by
     for j0 in range(0, N_k, Bc)[::order]:
         keys = slice(j0, min(j0 + Bc, N_k))
         band = mask.query_blocks(j0, 1, Bc, N_q, N_k)
@@ -85,9 +88,18 @@ def flash_attention_3_fp8(
         if not visible.all():
             S = S.masked_fill(~visible, -INF)
 
+        if lazy:
+            begun = _begun(mask, N_q, N_k, j0, i)
+            sigma_j = x.v_scale[..., j0 // x.kv_block, None, None, None]
+            slack = torch.where(sigma.isnan(), FIRST, SLACK)
+            rise = torch.where(begun & ~sigma.isnan(), (sigma_j / sigma).log2(), 0)
+            sunk, sigma = (sunk - rise).clamp(min=0), torch.where(begun, sigma_j, sigma)
+            lift = torch.where(sunk > MOST_SUNK, sunk, 0)
+            sunk, m, l, O = sunk - lift, m - (rise + lift) * LN2, l * (rise + lift).exp2(), O * lift.exp2()
+
         m_old, top = m[rows], S.amax(-1, keepdim=True)
         if lazy:
-            m_new = torch.where(top > m_old + ROOM * LN2, top + SLACK * LN2, m_old)
+            m_new = torch.where(top > m_old + ROOM * LN2, top + slack[rows] * LN2, m_old)
         else:
             m_new = torch.maximum(m_old, top)
         base = m_new.masked_fill(m_new == -INF, 0)
@@ -99,33 +111,20 @@ def flash_attention_3_fp8(
         step = min(x.kv_block, Bc)
         for b0 in range(keys.start, keys.stop, step)[::order]:  # the tile's blocks of V, each with its scale
             block = slice(b0, min(b0 + step, keys.stop))
-            sigma_j = x.v_scale[..., b0 // x.kv_block, None, None, None]
-            fold, ratio, sigma = _to_unit(sigma, sigma_j, _visited(mask, N_q, N_k, Bc, lazy, j0, i), lazy)
-            O = O * ratio
-            P_block = ROUND[P_dtype](P_tile[..., block.start - j0 : block.stop - j0] / fold[rows])
+            if not lazy:
+                sigma_j = x.v_scale[..., b0 // x.kv_block, None, None, None]
+                O, sigma = O * torch.where(sigma.isnan(), 1, sigma / sigma_j), sigma_j.expand_as(sigma)
+            P_block = ROUND[P_dtype](P_tile[..., block.start - j0 : block.stop - j0])
             O[rows] = _product(P_block, V[..., block, :], accumulate, onto=O[rows])
     O = O / l.masked_fill(l == 0, 1) * sigma.nan_to_num(1)
     LSE = torch.where(l == 0, -INF, m + l.log() - exponent * LN2)
     return O.flatten(1, 2).transpose(1, 2).contiguous(), LSE.flatten(1, 2)[..., 0]
 
 
-def _to_unit(sigma, sigma_j, visited, lazy):
-    """σ/σ_j that P̃ is divided by, what O is multiplied by, and the unit that it has then; of each row."""
-    ratio = torch.where(sigma.isnan(), 1, sigma / sigma_j)
-    kept = visited & (ratio >= FOLD[0]) & (ratio <= FOLD[1]) & ~sigma.isnan() & bool(lazy)
-    moved = visited & ~kept
-    return torch.where(kept, ratio, 1), torch.where(moved, ratio, 1), torch.where(moved, sigma_j, sigma)
-
-
-def _visited(mask, N_q, N_k, Bc, Br, j0, i):
-    """bool [N_q, 1]: whether the row block of Br rows that row i is in visits the keys from j0 on; all, without Br."""
-    if not Br:
-        return torch.ones_like(i, dtype=torch.bool)
-    lo, hi = mask.band(N_q, N_k)
-    i0 = i // Br * Br
-    first = (i0 + lo).clamp(min=0) // Bc * Bc
-    end = (torch.clamp(i0 + Br, max=N_q) + hi).clamp(max=N_k)
-    return (first <= j0) & (j0 < end)
+def _begun(mask, N_q, N_k, j0, i):
+    """bool [N_q, 1]: whether the warpgroup that row i is in has begun when the keys from j0 on are visited."""
+    last = torch.clamp(i // WARPGROUP_ROWS * WARPGROUP_ROWS + WARPGROUP_ROWS, max=N_q) - 1
+    return j0 < torch.clamp(last + mask.band(N_q, N_k)[1] + 1, min=1)
 
 
 def flash_attention_16bit(q, k, v, *, Bc=128, dtype="fp16", order=-1, **options):

@@ -58,8 +58,8 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
 
     A scale is amax/448 over the finite numbers of its tensor, head or block, and 1 where these are all 0; of a block
     of V the next power of 2, since a kernel has P̃ bear what two blocks' scales differ by, and P̃ of a row's largest
-    score, itself a power of 2, then stays exact: one key may outweigh all others.  What is not finite becomes NaN;
-    rotated, it takes its whole row along.  The last block may have fewer rows.
+    score, itself a power of 2, then remains one: exact, where one key outweighs all others.  What is not finite becomes
+    NaN; rotated, it takes its whole row along.  The last block may have fewer rows.
 
     A scale is at least 2⁻⁶⁴: numbers below 2⁻⁷⁰ ≈ 1e-21 lose bits, then vanish.  So 1/scale stays finite, and so does
     what O is multiplied by between two blocks of V, for |v| up to 3e10 and a million keys.

@@ -157,23 +157,32 @@ def test_every_number_of_e4m3_is_multiplied_as_it_is():
     assert torch.equal(forward(problem, x, **SMALL)[0].float(), v)
 
 
-KERNEL, SCALES, PRODUCERS = "fwd_v3_fp8.cu", "scales.cuh", "producers.cuh"
-RELEASE = "        release_K(j);\n        exponentials<MASKED>(j);"
+LONG = Problem(1, 1, 1, 70, 40 * SMALL["Bc"] + 9, 64, "bf16")  # more blocks than a warp has lanes
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_more_blocks_than_lanes(causal):
+    problem = replace(LONG, mask=Mask(causal=causal))
+    x = inputs(problem, "block", SMALL["Bc"])
+    assert not why(problem, x, *forward(problem, x, **SMALL))
+
+
+KERNEL, SCALES, SOFTMAX, PRODUCERS = "fwd_v3_fp8.cu", "scales.cuh", "softmax.cuh", "producers.cuh"
 
 # the file; a line as it is, and as it should not be; what the emulator says (None: the numbers are wrong)
 DEFECTS = {
-    "a scale read after the release of its stage": (
-        KERNEL, RELEASE, RELEASE.replace("(j);", "(j), worth = s.worth[(K.stage + STAGES - 1) % STAGES];", 1), None,
+    "the scale of the block before": (SCALES, "of_K = load(K + mine)", "of_K = load(K + before)", None),
+    "one scale of V": (SCALES, "rise != 0.f || mine", "mine", None),
+    "the scales of 32 blocks again": (KERNEL, "j % STRIP == 0 && j > w.first", "false", None),
+    "m not brought to V's scale": (KERNEL, "softmax.lower(rise), sunk", "sunk", None),
+    "l not brought to V's scale": (SOFTMAX, "m[a] -= by, l[a] *= exp2_approx(before - m[a]);", "m[a] -= by;", None),
+    "O not brought to a lower m": (KERNEL, "scale_rows(rO, {by, by});", "", None),
+    "O brought there while it is summed": (
+        KERNEL, "products_wait<0>(rO), scale_rows(rO, {by, by})", "scale_rows(rO, {by, by})", None,
     ),
-    "a scale written where one is read": (
-        PRODUCERS, "            ring.acquire();\n            beside.put(ring.stage, j);",
-        "            beside.put(ring.stage, j);\n            ring.acquire();", None,
-    ),
-    "the scale of the block before": (SCALES, "V = scales.V + blocks,", "V = scales.V + blocks - 1,", None),
-    "O not brought to V's scale": (KERNEL, "products_wait<0>(rO), scale_rows(rO, {ratio, ratio}), ", "", None),
-    "l not brought to V's scale": (KERNEL, "BLOCKED ? exp2_approx(-worth.fold) : 1.f)", "1.f)", None),
+    "S on top of what was there": (KERNEL, "rQ + 4 * c, k, in_K, c > 0)", "rQ + 4 * c, k, in_K, 1)", None),
     "the maximum of negative rows as integers": (
-        "softmax.cuh", "if (!__any_sync(~0u, most[0] < 0 || most[1] < 0)) return;", "return;", None,
+        SOFTMAX, "if (!__any_sync(~0u, most[0] < 0 || most[1] < 0)) return;", "return;", None,
     ),
     "P's keys in another order": (
         KERNEL, "pack_e4m3(x[0], x[1], x[4], x[5])", "pack_e4m3(x[0], x[4], x[1], x[5])", None,
@@ -189,11 +198,12 @@ DEFECTS = {
 def test_a_defect_of_the_forward_is_found(ordered, monkeypatch, tmp_path, what):
     name, line, instead, told = DEFECTS[what]
     monkeypatch.setattr(fwd_v3_fp8, "FILE", edited(tmp_path, name, line, instead) / KERNEL)
-    x, found = inputs(PROBLEM, "block", SMALL["Bc"]), []
+    problem = LONG if "32 blocks" in what else PROBLEM
+    x, found = inputs(problem, "block", SMALL["Bc"]), []
     for order in ORDERS:
         ordered(order)
         try:
-            found.append(why(PROBLEM, x, *forward(PROBLEM, x, **SMALL, blocks=1)))
+            found.append(why(problem, x, *forward(problem, x, **SMALL, blocks=1)))
         except emulator.EmulatorError as error:
             found.append(str(error))
         if found[-1] and (told is None or told in found[-1]):

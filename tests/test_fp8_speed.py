@@ -8,9 +8,21 @@ import pytest
 import torch
 
 from experiments import common, fp8_speed
+from experiments import fp8_speed_report as report
 from experiments.__main__ import main
 from experiments.claims import defaults
-from experiments.fp8_speed import CUDNN, FROM_BF16, HEADS, KERNEL, OURS, PASS, PROVIDERS, V3
+from experiments.fp8_speed import ALONE, OURS, PROVIDERS, ROWS
+from experiments.fp8_speed_report import (
+    CUDNN,
+    FROM_BF16,
+    HEADS,
+    KERNEL,
+    PASS,
+    ROW_MAJOR,
+    ROW_MAJOR_HEADS,
+    TWO_LEVELS,
+    V3,
+)
 from sandbox import emulator, target
 from sandbox.device.hopper import HopperLaunch
 from sandbox.measure import gate, rivals, timing
@@ -19,7 +31,9 @@ from sandbox.variant import HOPPER, SIMULATOR, Unsupported
 emulates = pytest.mark.skipif(
     target.KIND != "simulator" or emulator.compiler() is None, reason="needs the simulator and a C++ compiler"
 )
-SPEEDS = {KERNEL: 1000, HEADS: 1050, V3: 700, CUDNN: 650}  # TFLOP/s, whatever N is
+SPEEDS = {  # TFLOP/s, whatever N is
+    KERNEL: 1000, HEADS: 1050, ROW_MAJOR: 900, ROW_MAJOR_HEADS: 910, TWO_LEVELS: 800, V3: 700, CUDNN: 650,
+}  # fmt: skip
 PASS_S = 1e-4
 
 
@@ -46,7 +60,7 @@ def rows(speeds=SPEEDS, device="NVIDIA H200", pass_s=PASS_S, **options):
 
 
 def said(found) -> str:
-    return " ".join(fp8_speed.answer(found).split())
+    return " ".join(report.answer(found).split())
 
 
 # ---- the points -----------------------------------------------------------------------------------------------------
@@ -55,12 +69,15 @@ def said(found) -> str:
 def test_the_points_are_the_papers_tokens_and_width():
     found = [point.fields() for point in points(head_dim=(64, 128, 256))]
     assert {row["B"] * row["N"] for row in found} == {16384} and {row["H"] * row["d"] for row in found} == {2048}
-    assert len(found) == 3 * 2 * 6 * len(PROVIDERS)
+    assert len(found) == 2 * 6 * (3 * len(PROVIDERS) - 1)  # two levels do not fit at d=256
     assert {row["d"] for row in (point.fields() for point in points())} == {128}
-    scales = {row["provider"]: (row["dtype"], row["scales"]) for row in found}
+    scales = {row["provider"]: (row["dtype"], row["scales"], row["V"], row["accumulation"]) for row in found}
     assert scales == {
-        KERNEL: ("e4m3", "block"), HEADS: ("e4m3", "head"), FROM_BF16: ("bf16", "block"), PASS: ("bf16", "block"),
-        V3: ("bf16", None), CUDNN: ("bf16", None),
+        KERNEL: ("e4m3", "block", "transposed", "one level"), HEADS: ("e4m3", "head", "transposed", "one level"),
+        ROW_MAJOR: ("e4m3", "block", "row-major", "one level"),
+        ROW_MAJOR_HEADS: ("e4m3", "head", "row-major", "one level"),
+        TWO_LEVELS: ("e4m3", "block", "transposed", "two levels"), FROM_BF16: ("bf16", "block", None, None),
+        PASS: ("bf16", "block", None, None), V3: ("bf16", None, None, None), CUDNN: ("bf16", None, None, None),
     }  # fmt: skip
     assert all((row["Br"] is not None) == (row["provider"] in OURS) for row in found)
     assert len({tuple(row[name] for name in fp8_speed.KEY) for row in found}) == len(found)
@@ -90,12 +107,14 @@ def test_refused(tmp_path, capfd, monkeypatch):
 def on_a_gpu(monkeypatch):
     """The rows of one problem as a GPU would measure them, with a gate, a clock and rivals of the test's."""
     point = next(point for point in points() if point.problem.N_q == 4096)
-    times = {KERNEL: 2.0, HEADS: 1.9, FROM_BF16: 2.5, V3: 4.0, CUDNN: 5.0, PASS: 0.5}
+    times = {KERNEL: 2.0, HEADS: 1.9, TWO_LEVELS: 2.2, FROM_BF16: 2.5, V3: 4.0, CUDNN: 5.0, PASS: 0.5}
+    times |= {"block": 2.1, "head": 2.05}  # from a row-major V
     asked = []
 
     def measured(failing=(), cudnn=True):
         def check(variant, problem, tile, x, device, quantized=False):
-            name = next(n for n in OURS if OURS[n].name == variant.name and quantized == (n in (KERNEL, HEADS)))
+            gated = [name for name in OURS if name not in ROWS]
+            name = next(n for n in gated if OURS[n].name == variant.name and quantized == (n in ALONE))
             asked.append(name)
             why = "O is off" if name in failing else ""
             return gate.Verdict(not why, 0.25, 9.0 if why else 0.5, why, None, lambda: name)
@@ -114,6 +133,8 @@ def on_a_gpu(monkeypatch):
         passed = {"gate": "passed", "bytes": 10**9}
         monkeypatch.setattr(fp8_speed, "gated_pass", lambda *_: (passed, lambda: PASS))
         monkeypatch.setattr(gate, "check", check)
+        rows = {"gate": "passed"}
+        monkeypatch.setattr(fp8_speed, "gated_rows", lambda launcher, *_: (rows, lambda: launcher.switches.scales))
         monkeypatch.setattr(rivals, "launcher", launcher)
         monkeypatch.setattr(timing, "time_together", together)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -128,7 +149,8 @@ def on_a_gpu(monkeypatch):
 
 def test_all_of_one_problem_is_measured_at_once(on_a_gpu):
     found, asked = on_a_gpu()
-    assert list(found) == list(PROVIDERS) and sorted(asked) == sorted(OURS)  # each once
+    assert list(found) == list(PROVIDERS) and sorted(asked) == sorted(set(OURS) - set(ROWS))  # each once
+    assert [found[name]["seconds"] for name in ROWS] == pytest.approx([2.1e-3, 2.05e-3])
     assert found[KERNEL]["over_v3"] == 2 and found[KERNEL]["over_cudnn"] == 2.5 and found[FROM_BF16]["over_v3"] == 1.6
     assert found[PASS]["share"] == pytest.approx(0.2) and found[PASS]["gigabytes_per_second"] == pytest.approx(2000)
     assert found[PASS]["tflops"] is None and found[V3]["over_v3"] == 1
@@ -172,15 +194,17 @@ def test_the_same_numbers_at_every_N(monkeypatch):
 
 def test_from_which_N_it_pays():
     found = rows()
-    full, causal = (fp8_speed.pays(found, 128, c) for c in (False, True))
+    full, causal = (report.pays(found, 128, c) for c in (False, True))
     for c, first in ((False, full), (True, causal)):
-        gain = fp8_speed.ratios(found, FROM_BF16, 128, c)
+        gain = report.ratios(found, FROM_BF16, 128, c)
         assert all((gain[N] > 1.02) == (N >= first) for N in gain)
     assert full == 2048 and causal == 4096
     text = said(found)
     assert "FP8 is faster than fwd_v3 in bf16 from N=2048 on with no mask, from N=4096 on causal (less than 2%" in text
     assert "the kernel alone 1.43 times at 1,000 TFLOP/s, 1.54 times that of torch:cudnn in bf16" in text
     assert "of the time from bf16 at N=16384, 0.1 ms, at 3,000 GB/s" in text and "has 1.05 times its speed" in text
+    assert "transposed first, it has 0.90 times its speed" in text and "two levels it has 0.80 times its speed" in text
+    assert "one scale a head it has 0.87 times the speed of that with Vᵀ" in text
     assert "not even at N=16384 with no mask" in said(rows(pass_s=1.0))
     assert "at every N, from 512 on, with no mask" in said(rows(pass_s=1e-9))
 
@@ -190,7 +214,7 @@ def test_one_slow_N_among_fast_ones_is_where_it_begins():
     for row in found:
         if (row["provider"], row["N"]) == (FROM_BF16, 4096):
             row["over_v3"] = 1.01
-    assert fp8_speed.pays(found, 128, False) == 8192
+    assert report.pays(found, 128, False) == 8192
 
 
 @pytest.mark.parametrize(
@@ -201,7 +225,7 @@ def test_one_slow_N_among_fast_ones_is_where_it_begins():
     ],
 )  # fmt: skip
 def test_claim_15(fp8, d, verdict):
-    ((number, judged, why),) = fp8_speed.claims(rows(SPEEDS | {KERNEL: fp8}, head_dim=(d,)))
+    ((number, judged, why),) = report.claims(rows(SPEEDS | {KERNEL: fp8}, head_dim=(d,)))
     assert (number, judged) == (15, verdict)
     if fp8:
         assert why.startswith(f"up to {fp8:,} TFLOP/s and {fp8 / 700:.2f} × fwd_v3 in bf16; the former at d={d}, ")
@@ -210,7 +234,7 @@ def test_claim_15(fp8, d, verdict):
 
 def test_emulated_nothing_is_claimed():
     found = rows({}, device=SIMULATOR.name)
-    assert fp8_speed.claims(found)[0][1] == "not measurable here"
+    assert report.claims(found)[0][1] == "not measurable here"
     assert "only a GPU can say" in said(found)
 
 
@@ -251,3 +275,13 @@ def test_a_pass_that_rounds_otherwise_fails(monkeypatch):
     monkeypatch.setattr(fp8_speed.quantize, "quantize", lambda *x, **options: right(*x, **options, seed=1))
     row, launch = fp8_speed.gated(PASS, problem, 0)
     assert launch is None and row["gate"].startswith("failed: q, k")
+
+
+@emulates
+def test_a_row_major_v_that_is_transposed_wrongly_fails(monkeypatch):
+    problem = points(SIMULATOR, seqlen=(70,))[0].problem
+    right = fp8_speed.transpose_keys
+    assert fp8_speed.gated(ROW_MAJOR, problem, 0)[0] == {"gate": "passed"}
+    monkeypatch.setattr(fp8_speed, "transpose_keys", lambda v: right(v.view(torch.uint8).flip(1).view(v.dtype)))
+    row, launch = fp8_speed.gated(ROW_MAJOR, problem, 0)
+    assert launch is None and row["gate"].startswith("failed: it is not what comes from")

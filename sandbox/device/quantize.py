@@ -20,6 +20,7 @@ from .launch import addressable
 FILE = HEADERS / "quantize.cu"
 BLOCKS, AMAX, GIVEN, TRANSPOSE = range(4)  # quantize.cu: Step
 NUMBERS = 32  # of a row, that a thread takes
+MOST_LANES = HADAMARD[-1] // NUMBERS  # to a row
 ROWS, MOST_THREADS = 128, 1024  # of a thread block: rows at least, where that is whole blocks; and threads
 
 
@@ -33,7 +34,7 @@ class Side(ctypes.Structure):
 
 class Sides(ctypes.Structure):
     _fields_ = [("Q", Side), ("K", Side), ("V", Side), ("heads_q", ctypes.c_int), ("heads_kv", ctypes.c_int)]
-    _fields_ += [("flip", ctypes.c_uint32 * 128)]
+    _fields_ += [("flip", ctypes.c_uint32 * MOST_LANES)]
 
 
 @torch.no_grad()
@@ -65,13 +66,14 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
             "KV_BLOCK": kv_block if blocked else kv_rows, "BF16": int(NAMES[q.dtype] == "bf16"),
             "INCOHERENT": int(incoherent), "STEP": step,
         }  # fmt: skip
-        tiles = zip((q, k, v), (q8, k8, v8), found, (q_rows, kv_rows, kv_rows))
-        sides = [_side(*one) for one in tiles]
+        sides = [_side(*one) for one in zip((q, k, v), (q8, k8, v8), found, (q_rows, kv_rows, kv_rows))]
         flip = _flip(d, seed) if incoherent else NO_FLIP
-        blocks = B * (H * sides[0].tiles + H_kv * (sides[1].tiles + sides[2].tiles))
-        shared = kv_rows * (d + 8) + 4 * MOST_THREADS // 32
-        launch = _launch(tuple(defines.items()), max(q_rows, kv_rows) * d // NUMBERS, shared)
-        launch(blocks, Sides(*sides, B * H, B * H_kv, flip))
+        tiles = B * (H * sides[0].tiles + H_kv * (sides[1].tiles + sides[2].tiles))
+        threads = max(q_rows, kv_rows) * d // NUMBERS
+        shared = kv_rows * (d + 8) + 2 * NUMBERS * threads + 4 * 16 + 2 * 4 * MOST_THREADS // 32
+        launch = _launch(tuple(defines.items()), threads, shared)
+        blocks = _multiprocessors(q) * (MOST_THREADS // threads)  # that stay; at d=64 that was slower
+        launch(tiles if d == 64 else min(tiles, blocks), Sides(*sides, B * H, B * H_kv, flip))
 
     if blocked:
         go(BLOCKS)
@@ -129,15 +131,21 @@ def _side(x, to, scale, rows) -> Side:
     return Side(*pointers, batch, row, head, N, H, scale.shape[2], -(-N // rows))
 
 
-NO_FLIP = (ctypes.c_uint32 * 128)()
+def _multiprocessors(x) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+NO_FLIP = (ctypes.c_uint32 * MOST_LANES)()
 
 
 @functools.lru_cache(64)
 def _flip(d: int, seed: int) -> ctypes.Array:
-    """The sign bits of columns 2n and 2n + 1 in the halves of word n, set where the sign is negative."""
-    negative = (signs(d, seed) < 0).tolist()
-    words = ((low << 15) | (high << 31) for low, high in zip(negative[::2], negative[1::2]))
-    return (ctypes.c_uint32 * 128)(*words)
+    """For each lane, bits 15 - e and 31 - e: whether the signs of the two columns of its word e change."""
+    negative = (signs(d, seed) < 0).view(4, -1, 4, 2)  # chunk of the lane, lane, word, half
+    words = negative.transpose(0, 1).flatten(1, 2).tolist()
+    return (ctypes.c_uint32 * MOST_LANES)(
+        *(sum(low << 15 - e | high << 31 - e for e, (low, high) in enumerate(lane)) for lane in words)
+    )
 
 
 @functools.cache

@@ -80,6 +80,7 @@ struct Thread {
     std::vector<Wgmma> batch;                                // not yet committed
     std::deque<std::vector<Wgmma>> batches;                  // committed, not yet carried out
     std::vector<std::function<void()>> out, out_committed;   // copies out
+    std::vector<std::function<void()>> asked;                // 16 bytes each, for shared memory
 };
 
 struct Barrier {
@@ -430,7 +431,7 @@ inline void __syncwarp(u32 lanes) {
 
 template <class Number>  // of 4 bytes
 Number __shfl_sync(u32, Number x, int lane) {
-    return __builtin_bit_cast(Number, u32(emulated::meet(emulated::warp(), 32, __builtin_bit_cast(u32, x))[lane]));
+    return __builtin_bit_cast(Number, u32(emulated::meet(emulated::warp(), 32, __builtin_bit_cast(u32, x))[lane % 32]));
 }
 
 template <class Number>
@@ -509,6 +510,13 @@ inline u32 nanoseconds() { return emulated::ticks; }
 template <int Size>
 void settled(float (&)[Size]) {}
 
+inline int anew(int x) { return x; }
+
+template <int Size>
+void made_anew(float (&x)[Size]) {
+    std::fill(x, x + Size, std::nanf(""));  // who needs what was there will see
+}
+
 // These wait for all lanes of the warp, as their .sync says.
 inline void products_begin() { emulated::meet(emulated::warp(), 32); }
 
@@ -531,6 +539,23 @@ inline float load(const float *from) { return *static_cast<const volatile float 
 inline void store(float *to, float x) { *to = x, ++emulated::stored; }
 
 inline void load_16_bytes(const void *from, u32 (&to)[4]) { emulated::own(from, 16), std::memcpy(to, from, 16); }
+
+struct uint4 {
+    u32 x, y, z, w;
+};
+
+inline void ask_16_bytes(void *to, const void *from, bool there) {
+    if (!emulated::own(to, 16)) emulated::fail("16 bytes asked for into global memory");
+    std::memset(to, 0xFF, 16);  // on their way
+    emulated::block->current->asked.push_back([=] {
+        if (there) std::memcpy(to, from, 16);
+        else std::memset(to, 0, 16);
+    });
+}
+inline void asked_is_here() {
+    for (auto &arrive : emulated::block->current->asked) arrive();
+    emulated::block->current->asked.clear();
+}
 
 // Numbers of a byte; in shared memory they are not counted, and copies and products do not get to see them.
 inline void store_16_bytes(void *to, const u32 (&x)[4]) {

@@ -108,23 +108,19 @@ def fit(problem, tile, device, **turned):
         raise Infeasible(tile, f"O leaves through V's tiles, which hold {switches.stages * tile.Bc // 2} rows of it")
 
 
-def usual(problem, device, scales="block", **turned) -> Tile:
+def usual(problem, device, **turned) -> Tile:
     """The fastest tile of sweeps on an H200; with two levels, the largest."""
     if turned.get("two_level"):
         tile = Tile(192, 64) if problem.d == 64 else Tile(128, 96)
-    elif problem.d == 64:
-        tile = Tile(192, 160) if scales == "block" else Tile(192, 128)
-    elif problem.d == 128:
-        tile = Tile(128, 192) if problem.mask.banded and problem.N_k <= 4096 else Tile(192, 96)
     else:
-        tile = Tile(128, 128)
-    fit(problem, tile, device, scales=scales, **turned)
+        tile = {64: Tile(192, 160), 128: Tile(128, 192)}.get(problem.d, Tile(128, 128))
+    fit(problem, tile, device, **turned)
     return tile
 
 
 def tile_for(problem, device, x: Quantized) -> Tile:
     """The tile of x: its keys are those of a block, where there are blocks.  Raises ValueError where there is none."""
-    tile = usual(problem, device, "block" if x.scales == "block" else "head")
+    tile = usual(problem, device)
     if x.scales != "block" or x.kv_block == tile.Bc:
         return tile
     fitting = {}  # keys -> tile

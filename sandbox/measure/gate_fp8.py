@@ -38,7 +38,7 @@ def allowances(problem: Problem, tile: Tile, x: Quantized, stars: tuple[torch.Te
     if not problem.N_k:  # nothing is seen
         return {name: (star, torch.zeros_like(star)) for name, star in zip(("O", "LSE"), stars)}
     options = {"scale": problem.scale, "mask": replace(problem.mask, boolean=False), "softcap": problem.softcap}
-    O, LSE = flash_attention_3_fp8(x, Bc=tile.Bc, lazy=tile.Br, **options)
+    O, LSE = flash_attention_3_fp8(x, Bc=tile.Bc, lazy=True, **options)
     O, LSE = O.to(problem.torch_dtype).double(), LSE.double()
     q, k, v = (y.nan_to_num(0) for y in dequantize(x))
     p = replace(problem, dtype="fp32")

@@ -212,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warpgroup = uniform(~0u, threadIdx.x / 128);
     if (WARP_SPECIALIZED && warpgroup == WARPGROUPS) {
         give_registers<GIVEN>();
-        produce(s, Q, K, V, O, shape, counter, Nothing());
+        produce(s, Q, K, V, O, shape, counter);
     } else {
         if (WARP_SPECIALIZED) take_registers<TAKEN>();
         Loader load{s, Q, K, V, O, shape, counter};

@@ -6,7 +6,7 @@
 //     V is Vᵀ        8-bit products sum along rows, so V comes transposed; and its keys lie in the order in which a thread
 //                    has them in P̃ after the first product, so that P̃ needs no exchange between lanes
 //     P̃ is larger   by 2^8, for e4m3 to have room for small ones; l sums it before it is rounded
-//     scales         Q's and K's go into the exponent, V's into P̃ or O (scales.cuh)
+//     scales         they go into the softmax's exponent (scales.cuh)
 //     O is rescaled  where P̃ would be too large, not where it has grown a lot: e4m3 ends at 448
 //
 // Compile-time, by -D: as fwd_v3.cu, where Q_IN_REGISTERS counts 32 columns; BLOCKED: scales of blocks, else of heads;
@@ -29,8 +29,10 @@ struct Consumer : Rows {
     Trace trace;
     const Scales &scales;
     float unit;   // of S, in powers of 2; but for K's scale, where blocks have one
-    Worth worth;  // of the blocks under way
-    float sigma;  // the scale of V that O has
+    Strip strip;  // scales of K and of V, where blocks have them
+    float of_K;   // the scale of the block under way
+    float sunk;   // powers of 2 that V's scales have put m up by
+    float sigma;  // the scale of V that is visited last
     Softmax<In8Bits> softmax;
     float rS[Bc / 2];             // S, then P̃  [64, Bc]
     u32 rP[Bc / 8];               // P̃ in 8 bits, four to a register
@@ -66,12 +68,34 @@ struct Consumer : Rows {
         if (threadIdx.x % 128 == 0) copies_out_read();
     }
 
-    // The scale of these rows of Q, and of all of K and V, where there is but one.
+    // The scale of these rows of Q, and of K and V: of all, where there is but one, else of the first blocks.
     DEVICE void take_scales() {
         const int head = w.batch * shape.H + w.head, block = min(i0, shape.N_q - 1) / scales.q_rows;
         unit = load(scales.Q + head * scales.q_blocks + min(block, scales.q_blocks - 1)) * shape.scale * LOG2_E;
-        worth = {1.f, 0.f};
-        if (!BLOCKED) unit *= load(scales.K + head / shape.group), sigma = load(scales.V + head / shape.group);
+        const int blocks = head / shape.group * scales.kv_blocks;
+        strip.K = scales.K + blocks, strip.V = scales.V + blocks, of_K = 1.f;
+        if (BLOCKED) sunk = 0.f, strip.last = w.end - 1, strip.take(w.end - 1, lane), sigma = load(strip.V + w.first);
+        else unit *= load(strip.K), sigma = load(strip.V);
+    }
+
+    // Those of block j.
+    DEVICE void take_scale(int j) {
+        if (!BLOCKED) return;
+        of_K = __shfl_sync(~0u, strip.of_K, j);  // lane j % 32
+        if (of_K >= 0.f) return;
+        of_K = -of_K;
+        if (const float rise = __shfl_sync(~0u, strip.rise, j); rise != 0.f) follow_V(rise);
+        if (j % STRIP == 0 && j > w.first) strip.take(j - 1, lane);
+    }
+
+    // V's scale is so many powers of 2 larger than that of the block before.
+    DEVICE void follow_V(float rise) {
+        softmax.lower(rise), sunk = fmaxf(sunk - rise, 0.f);
+        if (sunk <= MOST_SUNK) return;
+        const float by = exp2_approx(sunk);  // at once: to be kept for when O is rescaled anyway, it costs every step
+        softmax.lower(sunk), sunk = 0.f;
+        products_wait<0>(rO), scale_rows(rO, {by, by});
+        if (TWO_LEVEL) scale_rows(rT, {by, by});
     }
 
     DEVICE void skip_K() {
@@ -104,11 +128,11 @@ struct Consumer : Rows {
     }
 
     DEVICE void first(int j) {
-        if (BLOCKED) worth = first_lane(s.worth[K.stage]), sigma = first_lane(s.sigma[K.stage]);
+        take_scale(j);
         trace.enter(FOR_S), products_wait<0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
-        exponentials<true>(j);
+        exponentials<true, true>(j);
         take_P();
     }
 
@@ -121,8 +145,7 @@ struct Consumer : Rows {
         trace.enter(FOR_V), V.wait();
         weigh();
         turn.pass();
-        if (BLOCKED) worth = first_lane(s.worth[K.stage]);
-        if (BLOCKED && worth.fold == 0.f) bring_O_to(first_lane(s.sigma[K.stage]));
+        take_scale(j);
         trace.enter(FOR_S), products_wait<OVERLAP ? 1 : 0>(rS);
         trace.enter(SOFTMAX);
         release_K(j);
@@ -136,20 +159,12 @@ struct Consumer : Rows {
         take_P();
     }
 
-    // O in the unit of another scale of V.
-    DEVICE void bring_O_to(float scale) {
-        if (scale == sigma) return;
-        const float ratio = __fdividef(sigma, scale);
-        products_wait<0>(rO), scale_rows(rO, {ratio, ratio}), sigma = scale;
-        if (TWO_LEVEL) scale_rows(rT, {ratio, ratio});
-    }
-
-    template <bool MASKED>
+    template <bool MASKED, bool FIRST = false>
     DEVICE void exponentials(int j) {
-        float of_S = unit * worth.K;
+        float of_S = unit * of_K;
         if (SCORED) score(rS, of_S / LOG2_E), of_S = LOG2_E;
         if (MASKED) mask(rS, j);
-        softmax.follow(rS, of_S), softmax.weights(rS, of_S, worth.fold, BLOCKED ? exp2_approx(-worth.fold) : 1.f);
+        softmax.template follow<FIRST>(rS, of_S), softmax.weights(rS, of_S);
     }
 
     // S_j is there, so that the next K may come; if it was the last one, the next Q, too.
@@ -174,7 +189,7 @@ struct Consumer : Rows {
         trace.enter(QK);
         const u64 q = by_columns(shared_address(s.sQ[warpgroup]), WIDTH);
         const u64 k = further(by_columns(shared_address(s.sK[0]), WIDTH), K.stage * (KV_BYTES >> 4));
-        products_begin();
+        products_begin(), made_anew(rS);
 #pragma unroll
         for (int c = 0; c < d / 32; ++c) {
             const int panel = c / (WIDTH / 32), inside = c % (WIDTH / 32) * NEXT_COLUMNS;
@@ -244,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warpgroup = uniform(~0u, threadIdx.x / 128);
     if (warpgroup == WARPGROUPS) {
         give_registers<GIVEN>();
-        produce(s, Q, K, V, O, shape, counter, BesideK(s, scales, shape));
+        produce(s, Q, K, V, O, shape, counter);
     } else {
         take_registers<TAKEN>();
         Consumer(s, O, LSE, shape, marks, warpgroup, scales).run();

@@ -74,26 +74,15 @@ DEVICE void bring_Q(Shared &s, const TensorMap &map) {
     }
 }
 
-// K, from the last block to the first; and what is put beside it.
+// K, from the last block to the first.
 //
 // The next row block is drawn when K of this one has been asked for: late enough to go to whoever is free, early enough.
-struct Nothing {
-    DEVICE void begin(const Work &) {}
-    DEVICE void put(int, int) {}
-};
-
-template <class Beside>
-DEVICE void bring_K(Shared &s, const TensorMap &map, Beside beside) {
+DEVICE void bring_K(Shared &s, const TensorMap &map) {
     Ring<STAGES> ring(s.K);
     Next next{&s.slot, s.told};
     for (Work w; next.hear(w, 1); next.heard()) {
-        beside.begin(w);
 #pragma unroll 1
-        for (int j = w.end - 1; j >= w.first; --j, ring.next()) {
-            ring.acquire();
-            beside.put(ring.stage, j);
-            ask_K(ring, s, map, w, j);
-        }
+        for (int j = w.end - 1; j >= w.first; --j, ring.next()) ring.acquire(), ask_K(ring, s, map, w, j);
     }
 }
 
@@ -111,14 +100,13 @@ DEVICE void bring_V(Shared &s, const TensorMap &map, const TensorMap &O) {
 }
 
 // What each of the four warps does.
-template <class Beside>
 DEVICE void produce(Shared &s, const TensorMap &Q, const TensorMap &K, const TensorMap &V, const TensorMap &O,
-                    const Shape &shape, int *counter, Beside beside) {
+                    const Shape &shape, int *counter) {
     const int warp = threadIdx.x / 32 % 4;
     if (threadIdx.x % 32 != 0) return;
     if (warp == 0) hand_out(s, shape, counter);
     else if (warp == 1) bring_Q(s, Q);
-    else if (warp == 2) bring_K(s, K, beside);
+    else if (warp == 2) bring_K(s, K);
     else bring_V(s, V, O);
 }
 

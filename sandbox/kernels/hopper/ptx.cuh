@@ -122,6 +122,20 @@ DEVICE void settled(float (&x)[Size]) {
     for (int e = 0; e < Size; ++e) asm volatile("" : "+f"(x[e])::"memory");
 }
 
+// What x was is of no use to the first product: its registers are not carried along from there.  (So ptxas packs four
+// numbers in e4m3 by two instructions; it takes three where they, as it believes, pass through a loop.)
+template <int Size>
+DEVICE void made_anew(float (&x)[Size]) {
+#pragma unroll
+    for (int e = 0; e < Size; ++e) asm volatile("" : "=f"(x[e]));
+}
+
+// x, from which nothing is computed before a loop to be kept through it: that costs registers.
+DEVICE int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Waits until at most `Pending` batches are under way, the youngest ones; rC belongs to one that is done.
 template <int Pending, int Size>
 DEVICE void products_wait(float (&rC)[Size]) {
@@ -160,6 +174,16 @@ DEVICE void load_16_bytes(const void *from, u32 (&to)[4]) {
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "l"(from));
 }
+
+// Asks for 16 bytes of global memory, to be in shared memory once asked_is_here; if they are not there, for zeros.
+DEVICE void ask_16_bytes(void *to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(there ? 16 : 0)
+                 : "memory");
+}
+
+// Of what this thread has asked for, all.
+DEVICE void asked_is_here() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 DEVICE void store_16_bytes(void *to, const u32 (&x)[4]) { *static_cast<uint4 *>(to) = {x[0], x[1], x[2], x[3]}; }
 DEVICE void store_8_bytes(void *to, const u32 (&x)[2]) { *static_cast<uint2 *>(to) = {x[0], x[1]}; }

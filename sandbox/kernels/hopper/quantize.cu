@@ -1,7 +1,8 @@
 // Q, K, V from 16 bits to e4m3 in one pass: read once, rotated, scaled, V transposed.  [FA3, 2407.08608, §3.3]
 //
 // sandbox/quantize.py is the same in torch, bit for bit, and says what and why.  A thread block takes some rows of a head
-// of Q, K or V, a thread 32 numbers of a row: four chunks of 8, as far apart as there are lanes to a row.
+// of Q, K or V at a time, a thread 32 numbers of a row: four chunks of 8, as far apart as there are lanes to a row.  While
+// it works on them, those of the next ones are on their way to shared memory, each thread's to a place of its own.
 //
 // Compile-time, by -D: HEAD_DIM, Q_ROWS and KV_ROWS (of a thread block), Q_BLOCK and KV_BLOCK (that share a scale, and
 // divide them), BF16, INCOHERENT (Q and K are rotated), STEP:
@@ -28,39 +29,75 @@ struct Side {
 struct Sides {
     Side Q, K, V;
     int heads_q, heads_kv;  // of all batches
-    u32 flip[128];          // the sign bits that change, of each two columns
+    u32 flip[8];            // which signs change, of a lane's columns
 };
 
 constexpr int INFINITE = 0x7F800000;  // as an integer; NaN is more
+
+DEVICE int column(int s, int lane) { return 8 * (s * LANES + lane); }
+
+// The rows of a thread block at a time: of Q, K or V (0, 1, 2), of which batch and head, from i0 on.
+struct alignas(16) Tile {
+    int of, b, h, i0;
+
+    DEVICE const Side &side(const Sides &sides) const { return of == 0 ? sides.Q : of == 1 ? sides.K : sides.V; }
+    DEVICE int rows() const { return of == 0 ? Q_ROWS : KV_ROWS; }
+};
+
+DEVICE int count(const Sides &sides) {
+    return sides.heads_q * sides.Q.tiles + sides.heads_kv * (sides.K.tiles + sides.V.tiles);
+}
+
+DEVICE Tile tile_at(const Sides &sides, int index) {
+    const int of_Q = sides.heads_q * sides.Q.tiles, of_K = sides.heads_kv * sides.K.tiles;
+    Tile tile;
+    tile.of = index < of_Q ? 0 : index - of_Q < of_K ? 1 : 2;
+    const Side &side = tile.side(sides);
+    index -= tile.of == 0 ? 0 : tile.of == 1 ? of_Q : of_Q + of_K;
+    const int bh = index / side.tiles;
+    tile.i0 = index % side.tiles * tile.rows(), tile.b = bh / side.H, tile.h = bh % side.H;
+    return tile;
+}
+
+// Where a thread's numbers of the next tile arrive, in 16 bits, two to a word.
+struct Next {
+    uint4 (*chunks)[THREADS];
+
+    DEVICE void ask(const Sides &sides, const Tile &tile) const {
+        const Side &side = tile.side(sides);
+        const int t = anew(threadIdx.x), row = t / LANES, lane = t % LANES, i = tile.i0 + row;
+        const bool there = row < tile.rows() && i < side.N;
+        const char *from = static_cast<const char *>(side.from);
+        if (there) from += 2 * (tile.b * side.batch + i * side.row + tile.h * side.head);
+#pragma unroll
+        for (int s = 0; s < 4; ++s) ask_16_bytes(&chunks[s][threadIdx.x], from + 2 * column(s, lane), there);
+    }
+
+    DEVICE void take(u32 (&two)[4][4]) const {
+        asked_is_here();
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            const uint4 four = chunks[s][threadIdx.x];
+            two[s][0] = four.x, two[s][1] = four.y, two[s][2] = four.z, two[s][3] = four.w;
+        }
+    }
+};
 
 // Rows as this thread holds them: its place, and its numbers.
 struct Piece {
     int row, lane;  // in the tile; in the row
     float x[32];    // chunk s·LANES + lane of the row at 8s
 
-    DEVICE static int column(int s, int lane) { return 8 * (s * LANES + lane); }
-
-    // Asks for row i in 16 bits, two to a word.
-    DEVICE void ask(const Side &side, int b, int h, int i, u32 (&two)[4][4]) const {
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            two[s][0] = two[s][1] = two[s][2] = two[s][3] = 0;
-            if (i < side.N)
-                load_16_bytes(static_cast<const char *>(side.from) +
-                                  2 * (b * side.batch + i * side.row + h * side.head + column(s, lane)),
-                              two[s]);
-        }
-    }
-
     DEVICE void take(const u32 (&two)[4][4]) {
 #pragma unroll
         for (int e = 0; e < 16; ++e) unpack<BF16>(two[e / 4][e % 4], x[2 * e], x[2 * e + 1]);
     }
 
-    // x diag(±1)
+    // x diag(±1): those of the lane's word e are bits 31 - e and 15 - e
     DEVICE void change_signs(u32 (&two)[4][4], const u32 *flip) const {
+        const u32 mine = flip[lane];
 #pragma unroll
-        for (int e = 0; e < 16; ++e) two[e / 4][e % 4] ^= flip[column(e / 4, lane) / 2 + e % 4];
+        for (int e = 0; e < 16; ++e) two[e / 4][e % 4] ^= mine << e & 0x80008000;
     }
 
     // x Hadamard / √d: butterflies between neighbours first, then between pairs, up to halves
@@ -126,7 +163,6 @@ struct Largest {
 
     DEVICE void clear() {
         if (threadIdx.x < BLOCKS) of[threadIdx.x] = finite[threadIdx.x] = 0;
-        __syncthreads();
     }
 
     // Of this thread's block; whether all x of the thread block are finite.
@@ -175,15 +211,14 @@ DEVICE void transpose(const unsigned char *sV, unsigned char *to, int i0, int N)
 }
 
 template <int ROWS, int Block, bool Rotated, bool Transposed>
-DEVICE void take(const Side &side, const u32 *flip, int index, Largest &largest_of, unsigned char *sV) {
-    const int bh = index / side.tiles, i0 = index % side.tiles * ROWS, b = bh / side.H, h = bh % side.H;
+DEVICE void take(const Side &side, const u32 *flip, const Tile &tile, u32 (&two)[4][4], Largest &largest_of,
+                 unsigned char *sV) {
+    const int i0 = tile.i0, b = tile.b, h = tile.h, bh = b * side.H + h;
     Piece piece;
-    piece.row = threadIdx.x / LANES, piece.lane = threadIdx.x % LANES;
+    const int t = anew(threadIdx.x);
+    piece.row = t / LANES, piece.lane = t % LANES;
     const bool mine = THREADS == ROWS * LANES || piece.row < ROWS;
     const int i = mine ? i0 + piece.row : side.N;
-    u32 two[4][4];
-    piece.ask(side, b, h, i, two);
-    if (STEP == BLOCKS) largest_of.clear();
     if (Rotated) piece.change_signs(two, flip);
     piece.take(two);
     if (Rotated) piece.rotate();
@@ -235,15 +270,28 @@ DEVICE void turn(const Side &side, int index, unsigned char *sV) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) quantize(const __grid_constant__ Sides sides) {
-    unsigned char *shared = shared_memory();  // a tile of V [KV_ROWS, d + 8], and what is largest
-    Largest &largest_of = *reinterpret_cast<Largest *>(shared + KV_ROWS * (d + 8));
-    int index = blockIdx.x;
-    if constexpr (STEP == TRANSPOSE) return turn(sides.V, index, shared);
-    const int of_Q = sides.heads_q * sides.Q.tiles, of_K = sides.heads_kv * sides.K.tiles;
-    if (index < of_Q)
-        take<Q_ROWS, Q_BLOCK, INCOHERENT, false>(sides.Q, sides.flip, index, largest_of, shared);
-    else if ((index -= of_Q) < of_K)
-        take<KV_ROWS, KV_BLOCK, INCOHERENT, false>(sides.K, sides.flip, index, largest_of, shared);
-    else
-        take<KV_ROWS, KV_BLOCK, false, true>(sides.V, sides.flip, index - of_K, largest_of, shared);
+    unsigned char *sV = shared_memory();  // [KV_ROWS, d + 8]
+    if constexpr (STEP == TRANSPOSE) return turn(sides.V, blockIdx.x, sV);
+    const Next next{reinterpret_cast<uint4(*)[THREADS]>(sV + KV_ROWS * (d + 8))};
+    Tile *tiles = reinterpret_cast<Tile *>(next.chunks + 4);     // four: of this turn, and of the next two
+    Largest *largest_of = reinterpret_cast<Largest *>(tiles + 4);  // two: of this turn, and of the next one
+    const int turns = (count(sides) - blockIdx.x + gridDim.x - 1) / gridDim.x;
+    if (threadIdx.x == 0)
+        for (int n = 0; n < 2; ++n) tiles[n] = tile_at(sides, blockIdx.x + n * gridDim.x);
+    __syncthreads();
+    next.ask(sides, tiles[0]);
+#pragma unroll 1
+    for (int n = 0; n < turns; ++n) {
+        u32 two[4][4];
+        next.take(two);
+        if (n + 1 < turns) next.ask(sides, tiles[(n + 1) % 4]);
+        if (threadIdx.x == 0 && n + 2 < turns) tiles[(n + 2) % 4] = tile_at(sides, blockIdx.x + (n + 2) * gridDim.x);
+        const Tile &tile = tiles[n % 4];
+        Largest &most = largest_of[n % 2];
+        if (STEP == BLOCKS) most.clear();
+        __syncthreads();  // and nobody reads the V of before any more
+        if (tile.of == 0) take<Q_ROWS, Q_BLOCK, INCOHERENT, false>(sides.Q, sides.flip, tile, two, most, sV);
+        else if (tile.of == 1) take<KV_ROWS, KV_BLOCK, INCOHERENT, false>(sides.K, sides.flip, tile, two, most, sV);
+        else take<KV_ROWS, KV_BLOCK, false, true>(sides.V, sides.flip, tile, two, most, sV);
+    }
 }

@@ -1,11 +1,14 @@
 // What e4m3 is worth: a scale for each block of Q, K and V.  [FA3, 2407.08608, §3.3]
 //
-// Q's and K's go into the softmax's exponent.  V_j = σ_j V̂_j comes to the unit σ that O has by P̃, which becomes σ_j/σ
-// times as large as long as e4m3 has room for that, or else by O, which is rescaled to σ_j.  A producer works this out,
-// once for all who multiply, and leaves it beside K's tile.
+// Q's and K's go into the softmax's exponent.  So do V's.  From block to block, V_j = σ_j V̂_j, what is summed becomes
+//
+//     O ← α (σ_prev / σ_j) O + P̃_j V̂_j     l ← α l + rowsum(P̃_j)     α = 2^(m_prev - m_j)
+//
+// and as any m will do, it is m that makes way: m_j = m_prev - log2(σ_j / σ_prev), and O stays as it is.  Where P̃_j then is
+// too large for e4m3, the softmax takes a larger m, as ever; where it would become too small, O is rescaled after all.
 #pragma once
 
-#include "shared.cuh"
+#include "rows.cuh"
 
 // Q [B, H, q_blocks], K and V [B, H_kv, kv_blocks]; one of each head, or of blocks: q_rows of Q, Bc of K and V.
 struct Scales {
@@ -13,45 +16,22 @@ struct Scales {
     int q_blocks, q_rows, kv_blocks;
 };
 
-// What the first lane reads, which also gives K's stage back: for all of them.
-DEVICE float first_lane(const float &x) {
-    float mine = 0.f;
-    if (threadIdx.x % 32 == 0) mine = x;
-    return __shfl_sync(~0u, mine, 0);
-}
+constexpr int STRIP = 32;          // blocks, a lane each: block j in lane j % 32
+constexpr float MOST_SUNK = 0.5f;  // powers of 2 that P̃ may lose
 
-DEVICE Worth first_lane(const Worth &worth) {
-    Worth mine = {};
-    if (threadIdx.x % 32 == 0) mine = worth;
-    return {__shfl_sync(~0u, mine.K, 0), __shfl_sync(~0u, mine.fold, 0)};
-}
+// A head's scales of K and V, of the blocks that come next.
+struct Strip {
+    const float *K, *V;  // of its block 0
+    int last;            // block, the first to be visited
+    float of_K;          // below 0 where there is more to do than to multiply
+    float rise;          // log2(σ_j / σ_j+1), of V
 
-// Beside K's tiles: the worth of each block, in the order in which a row block visits them.
-struct BesideK {
-    Shared &s;
-    const Scales &scales;
-    const Shape &shape;
-    const float *K, *V;
-    float k, v, sigma;
-    int first;
-
-    DEVICE BesideK(Shared &s, const Scales &scales, const Shape &shape) : s(s), scales(scales), shape(shape) {}
-
-    DEVICE void begin(const Work &w) {
-        if (!BLOCKED) return;
-        const int blocks = (w.batch * shape.H + w.head) / shape.group * scales.kv_blocks;
-        K = scales.K + blocks, V = scales.V + blocks, first = w.first;
-        k = load(K + w.end - 1), v = sigma = load(V + w.end - 1);
-    }
-
-    // Of block j, in its stage; the scales of the next one are asked for.
-    DEVICE void put(int stage, int j) {
-        if (!BLOCKED) return;
-        const float ratio = __fdividef(sigma, v);
-        const bool moves = ratio < 0.82f || ratio > 4.f;
-        if (moves) sigma = v;
-        s.worth[stage] = {k, moves ? 0.f : -log2_approx(ratio)}, s.sigma[stage] = sigma;
-        const int after = max(j - 1, first);
-        k = load(K + after), v = load(V + after);
+    // Block j, and those that are visited after it, down to a multiple of 32.
+    DEVICE void take(int j, int lane) {
+        const int mine = min(j / STRIP * STRIP + lane, j), before = min(mine + 1, last);
+        of_K = load(K + mine);
+        const float sigma = load(V + mine), sigma_before = load(V + before);
+        rise = sigma == sigma_before ? 0.f : log2_approx(__fdividef(sigma, sigma_before));
+        if (rise != 0.f || mine % STRIP == 0) of_K = -of_K;
     }
 };

@@ -22,18 +22,11 @@ constexpr int O_PANEL = 64 * 128, O_BYTES = O_PANELS * O_PANEL;
 constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps, each of which releases a stage
 static_assert(O_APART || STAGES * KV_BYTES >= WARPGROUPS * O_BYTES, "O has no room among the tiles of V");
 
-// What one of S_j is worth in 8 bits, and by how much P̃ is larger for V_j's sake, in powers of 2: scales.cuh.
-struct alignas(8) Worth {
-    float K, fold;
-};
-
 struct Shared {
     alignas(1024) unsigned char sQ[WARPGROUPS][1][Q_BYTES];  // [64, d] each
     alignas(1024) unsigned char sO[O_APART ? WARPGROUPS : 1][O_APART ? O_BYTES : 1024];
     alignas(1024) unsigned char sK[STAGES][KV_BYTES];  // [Bc, d]
     alignas(1024) unsigned char sV[STAGES][KV_BYTES];  // [Bc, d], or its transpose
-    Worth worth[EIGHT_BITS ? STAGES : 1];  // beside K
-    float sigma[EIGHT_BITS ? STAGES : 1];  // and what one of O is worth from there on
     u64 Q[WARPGROUPS][2], K[2 * STAGES], V[2 * STAGES], told[2], O_here[1];  // barriers
     Work slot;
 

@@ -16,13 +16,14 @@ constexpr float LOWEST = __builtin_bit_cast(float, 0xFF7FFFFF);  // finite: less
 DEVICE constexpr int row_of(int e) { return e / 2 % 2; }
 DEVICE constexpr int column_of(int e, int lane) { return e / 4 * 8 + lane % 4 * 2 + e % 2; }
 
-// Powers of 2: how far a maximum may be above m; how far m is above a new one; how much larger P̃ and l are.
+// Powers of 2: how far a maximum may be above m; how far m is above the first one, and above a new one; how much larger P̃
+// and l are.  Most maxima are less than four times that of the first block, so that few rows follow one after it.
 template <bool Lazy>
 struct In16Bits {
-    static constexpr float ROOM = Lazy ? 8.f : 0.f, SLACK = 0.f, OFFSET = 0.f;
+    static constexpr float ROOM = Lazy ? 8.f : 0.f, FIRST = 0.f, SLACK = 0.f, OFFSET = 0.f;
 };
-struct In8Bits {  // at most 2^(8.5 + 0.29) = 448, the largest number of e4m3: the rest is a fold's (scales.cuh)
-    static constexpr float ROOM = 0.5f, SLACK = 1.f, OFFSET = 8.f;
+struct In8Bits {  // at most 2^8.8, and e4m3 ends at 448 = 2^8.807
+    static constexpr float ROOM = 0.8f, FIRST = 2.f, SLACK = 1.f, OFFSET = 8.f;
 };
 
 // The maxima of a thread's two rows, over the four lanes that share them.
@@ -61,7 +62,7 @@ struct Softmax {
     float alpha[2];                 // exp(m_old - m): what O and l of before are worth now
 
     // m, and alpha.  unit > 0: log2 e, times the scale that S has not had yet.
-    template <int Size>
+    template <bool First = false, int Size>
     DEVICE void follow(const float (&rS)[Size], float unit) {
         float top[2];
         maxima(rS, top);
@@ -70,16 +71,25 @@ struct Softmax {
             top[a] *= unit;
             alpha[a] = 1.f;
             if (top[a] > m[a] + Leeway::ROOM) {
-                top[a] += Leeway::SLACK;
+                top[a] += First ? Leeway::FIRST : Leeway::SLACK;
                 alpha[a] = exp2_approx(m[a] - top[a]), m[a] = top[a];
             }
         }
     }
 
-    // rS becomes P̃ = 2^(unit S - m + fold); l sums what P̃ is worth, unfold = 2^-fold.
+    // m becomes less by so many powers of 2.
+    DEVICE void lower(float by) {
+#pragma unroll
+        for (int a = 0; a < 2; ++a) {
+            const float before = m[a];
+            m[a] -= by, l[a] *= exp2_approx(before - m[a]);
+        }
+    }
+
+    // rS becomes P̃ = 2^(unit S - m).
     template <int Size>
-    DEVICE void weights(float (&rS)[Size], float unit, float fold = 0.f, float unfold = 1.f) {
-        const float to[2] = {Leeway::OFFSET + fold - m[0], Leeway::OFFSET + fold - m[1]};
+    DEVICE void weights(float (&rS)[Size], float unit) {
+        const float to[2] = {Leeway::OFFSET - m[0], Leeway::OFFSET - m[1]};
         float sum[2];
 #pragma unroll
         for (int e = 0; e < Size; e += 2) {
@@ -88,7 +98,7 @@ struct Softmax {
             sum[a] = e < 4 ? rS[e] + rS[e + 1] : sum[a] + (rS[e] + rS[e + 1]);
         }
 #pragma unroll
-        for (int a = 0; a < 2; ++a) l[a] = l[a] * alpha[a] + sum[a] * unfold;
+        for (int a = 0; a < 2; ++a) l[a] = l[a] * alpha[a] + sum[a];
     }
 
     // Whether what older sums are worth has changed in any row of the warp.
