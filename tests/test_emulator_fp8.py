@@ -80,7 +80,7 @@ def why(problem, x, O, LSE) -> str:
     return f"O is off by {off.max()}, {rms} on average" if off.max() > 0.3 or rms > 0.06 else ""
 
 
-TILES = {64: [(192, 128), (192, 160)], 128: [(192, 96), (128, 128)], 256: [(128, 128)]}
+TILES = {64: [(192, 128), (192, 160)], 128: [(192, 96), (128, 192)], 256: [(128, 128)]}
 SMALL = dict(Br=128, Bc=64, stages=2, o_apart=True, q_in_registers=1)  # few stages: whoever is early is too early
 
 

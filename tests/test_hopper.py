@@ -318,7 +318,7 @@ def test_in_8_bits_it_keeps_its_registers(d, turned, causal, scored, tmp_path):
 
 
 @pytest.mark.parametrize("step", ["BLOCKS", "AMAX", "GIVEN", "TRANSPOSE"])
-@pytest.mark.parametrize("d, kv_block", [(64, 160), (128, 96), (128, 128), (256, 128)])
+@pytest.mark.parametrize("d, kv_block", [(64, 160), (128, 96), (128, 128), (128, 192), (256, 128)])
 def test_quantizing_spills_nothing(d, kv_block, step):
     q_rows, kv_rows = quantize.rows_of(64, kv_block)
     defines = {"HEAD_DIM": d, "Q_ROWS": q_rows, "KV_ROWS": kv_rows, "Q_BLOCK": 64, "KV_BLOCK": kv_block, "BF16": 1}
