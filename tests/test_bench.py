@@ -338,3 +338,17 @@ def test_a_table_of_bench_rows_goes_into_the_readme(tmp_path, monkeypatch):
         ["1", "2"],
         ["3", "4"],
     ]
+
+
+def test_turns_are_drawn_anew_in_each_round(monkeypatch):
+    """Who always follows the same one, on a GPU at its power limit, is always slowed as much."""
+    taken = []
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "_host_seconds", lambda launch: 0.0)
+    monkeypatch.setattr(timing, "_flusher", lambda seconds: None)
+    monkeypatch.setattr(timing, "_sample", lambda flush, launch: taken.append(launch()) or 1.0)
+    times = timing.time_together([lambda name=name: name for name in "abc"], budget_s=0.02, rounds=10)
+    assert [t.samples for t in times] == [20, 20, 20]
+    rounds = [taken[start : start + 6 : 2] for start in range(3, 63, 6)]  # after one of each; two samples a turn
+    assert all(sorted(turns) == ["a", "b", "c"] for turns in rounds)
+    assert len({tuple(turns) for turns in rounds}) > 3

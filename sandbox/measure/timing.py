@@ -10,6 +10,7 @@ one another without a gap.  Where one flush is shorter than the host needs, it i
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -67,8 +68,10 @@ def time_launch(launch, budget_s: float = BUDGET_S) -> Timing:
 def time_together(launches: list, budget_s: float = BUDGET_S, rounds: int = ROUNDS) -> list[Timing]:
     """Several launches, ungated, budget_s each: they take turns, so that all meet the same clock and temperature.
 
-    A GPU at its power limit is slower after a second of work than at first; what was timed last would look worse.
+    A GPU at its power limit is slower after a second of work than at first; what was timed last would look worse.  It
+    is slower, too, after a launch that drew much power: who follows whom is drawn anew in each round.
     """
+    turns, shuffled = list(range(len(launches))), random.Random(len(launches)).shuffle
     flushes, samples = [], []
     for launch in launches:
         launch()  # warm: whatever is compiled, allocated or initialised once
@@ -78,9 +81,10 @@ def time_together(launches: list, budget_s: float = BUDGET_S, rounds: int = ROUN
         samples.append(min(max(SAMPLES[0], int(budget_s / max(first * 1e-3, 1e-6))), SAMPLES[1]))
     times = [[] for _ in launches]
     for done in range(rounds):
-        for n, launch in enumerate(launches):
+        shuffled(turns)
+        for n in turns:
             upto = samples[n] * (done + 1) // rounds
-            times[n] += [_sample(flushes[n], launch) for _ in range(len(times[n]), upto)]
+            times[n] += [_sample(flushes[n], launches[n]) for _ in range(len(times[n]), upto)]
     return [Timing.of(each) for each in times]
 
 
