@@ -109,7 +109,8 @@ def test_heads_in_sections(monkeypatch):
 
 SWITCHED = [
     dict(side=2), dict(side=2, barriers=2), dict(side=2, rows=32, queries=16), dict(barriers=2), dict(rows=16),
-    dict(queries=16), dict(stagger=False),
+    dict(queries=16), dict(stagger=False), dict(roles=2), dict(roles=2, rows=16, queries=16),
+    dict(roles=2, side=2, queries=16),
 ]  # fmt: skip
 
 
@@ -118,6 +119,19 @@ SWITCHED = [
 def test_exact_with_a_switch_turned(switches, mask):
     problem = Problem(1, 2, 1, 70, 75, 32, "fp16", mask=mask)
     check(problem, tile=Tile(32, 32), variant=bwd_v2_mma.turned(**switches))
+
+
+@pytest.mark.parametrize("switches", [{}, dict(side=2)], ids=str)
+def test_two_roles_and_a_softcap(switches):
+    problem = Problem(1, 2, 1, 70, 40, 32, "bf16", -0.3, Mask(True), softcap=2.0)
+    check(problem, tile=Tile(32, 32), variant=bwd_v2_mma.turned(roles=2, queries=16, **switches))
+
+
+def test_wide_heads_have_two_roles():
+    problem = Problem(1, 1, 1, 80, 20, 256, "fp16", mask=Mask(True))
+    tile = bwd_v2_mma.usual(problem, target.device())
+    assert bwd_v2_mma.chosen(problem, tile, target.device()).roles == 2
+    check(problem, tile=tile)
 
 
 @pytest.mark.parametrize("problem, switches", [
@@ -226,16 +240,17 @@ def test_tensor_cores_and_no_spills(d, dtype, causal, softcap, compiler, tmp_pat
     """One HMMA for each 16 x 8 x 16 of a warp's part of the five products; dQ leaves 16 bytes at a time."""
     problem = Problem(1, 32, 32, 4096, 4096, d, dtype, mask=Mask(causal), softcap=softcap)
     tile, a, found = compiler.submit(compiled, "bwd_v2_mma", problem, tmp_path).result()
-    assert set(found) == {"rowsum", "bwd_v2_mma", "to_dtype"}
+    main = "halves" if a.roles == 2 else "bwd_v2_mma"
+    assert set(found) == {"rowsum", main, "to_dtype"} and a.roles == (2 if d > 128 else 1)
     for name, (report, _) in found.items():
         assert (report.stack, report.spills) == (0, 0) and report.registers <= 255, f"{name}: {report}"
     if nvdisasm() is not None:
-        text, keys = disassembled(found["bwd_v2_mma"][1], tmp_path), a.rows // 16
+        text, keys = disassembled(found[main][1], tmp_path), a.rows // 16
         scores, own = keys * a.queries // 8 * d // 16, keys * a.columns // 8 * a.queries // 16
-        dQ = a.rows_dQ // 16 * a.columns_dQ // 8 * tile.Bc // 16
-        once = 2 * scores + 2 * own * (2 if a.side > 1 else 1) + dQ  # some loops are rolled
+        dQ = a.rows_dQ // 16 * a.piece // 8 * tile.Bc // 16
+        once = (3 - a.roles) * (scores + own * (2 if a.side > 1 else 1)) + dQ  # some loops are rolled
         assert text.count("HMMA.16816.F32" + ".BF16" * (dtype == "bf16")) >= once
-        assert text.count("REDG.E.ADD.F32x4") == a.rows_dQ // 16 * a.columns_dQ // 8
+        assert text.count("REDG.E.ADD.F32x4") == a.rows_dQ // 16 * a.piece // 8
         assert all(name in text for name in ("LDGSTS.E.BYPASS.LTC128B.128", "MUFU.EX2", "STSM.16.M")), text[:99]
         assert "CALL" not in text and "LDL" not in text
 

@@ -202,6 +202,28 @@ def test_any_of_a_pair_of_warps(named):
     assert torch.equal(Y.cpu(), expected)
 
 
+def test_one_half_gives_and_the_other_takes():
+    """The first two warps write and go on, the others wait and read; then the other way round, by another name."""
+    give, take, where = ptx.named_give(128), ptx.named_take(128), Warps(4, "fp16").where()
+
+    @cuda.jit
+    def kernel(X, Y):
+        _, thread, warp, _ = where()
+        sX = cuda.shared.array(128, int32)
+        for name in range(1, 3):
+            mine = (warp < 2) == (name == 1)
+            if mine:
+                sX[thread] = X[thread]
+            give(name, mine)
+            take(name, not mine)
+            if not mine:
+                Y[thread] = sX[127 - thread]
+
+    X, Y = torch.arange(128, dtype=torch.int32), on_device(torch.full((128,), -1, dtype=torch.int32))
+    Launch(kernel, 128)(1, on_device(X), Y)
+    assert torch.equal(Y.cpu(), X.flip(0))
+
+
 def test_floats_as_integers_and_back():
     @cuda.jit
     def kernel(X, Y, Z):

@@ -1,7 +1,8 @@
 """Layout: which warp owns what in a block that owns keys and walks along the query blocks.  [FA2, Algorithm 2]
 
 Of `warps`, `side` share `rows` keys.  Of Sᵀ a warp has its own keys by some `queries` at a time; of dK and dV, its keys
-by `columns`, wide / side; of dQ, to which all keys contribute, rows_dQ x columns_dQ.
+by `columns`, wide / side; of dQ, to which all keys contribute, rows_dQ x columns_dQ, by `piece` columns at a time.
+Of two `roles`, half of the warps have S and dV, the other half dP and dK (halves.py).
 
 Tiles have `wide` columns: d, and zeros where warps could not share those evenly, or only by 16 keys a warp.
 """
@@ -31,15 +32,17 @@ class Switches:
     """What can be turned, one by one; 0 leaves it to `chosen`.
 
     rows     keys of a warp: 16 or 32
-    side     warps that share them
+    side     warps that share them, of each role
+    roles    of warps: 1, or 2: half of them form S and sum dV, the other half form dP and sum dK
     queries  of a warp at a time: 16 or 32
     blocks   that are to share a multiprocessor, as far as registers go
-    barriers a step: 1, where two of sP and sdS (and, where warps share keys, three of sQ and sdO) fit, or 2
+    barriers a step of one role: 1, where two of sP and sdS (and, where warps share keys, three of sQ and sdO) fit, or 2
     stagger  under no band, key blocks begin at different row blocks: else many add to the same dQ at the same time
     """
 
     rows: int = 0
     side: int = 0
+    roles: int = 0
     queries: int = 0
     blocks: int = 0
     barriers: int = 0
@@ -50,6 +53,7 @@ class Switches:
 class Layout:
     rows: int
     side: int
+    roles: int
     queries: int
     columns: int
     warps: int
@@ -68,20 +72,32 @@ class Layout:
     def wide(self) -> int:
         return self.side * self.columns
 
-    def shared(self, tile: Tile) -> Shared16:
-        scores = (tile.Bc * (3 - self.barriers), tile.Br)
-        P = dict(sP=scores) if self.side > 1 else {}
-        keys, rows = (tile.Bc, self.wide), (self.stages * tile.Br, self.wide)
-        return Shared16(sK=keys, sV=keys, sQ=rows, sdO=rows, sdS=scores, **P)
+    @property
+    def scores(self) -> int:
+        """Of a warp at a time."""
+        return self.rows * self.queries
 
-    def bytes(self, tile: Tile) -> int:
+    @property
+    def piece(self) -> int:
+        """Columns of dQ: where there are two roles, no more than registers allow beside the code of both."""
+        return 16 if self.roles == 2 and self.rows_dQ * self.columns_dQ > 1024 else self.columns_dQ
+
+    def shared(self, problem: Problem, tile: Tile) -> Shared16:
+        scores = (tile.Bc * (3 - self.barriers), tile.Br)
+        P = dict(sP=scores) if self.side * self.roles > 1 else {}
+        W = dict(sW=scores) if self.roles == 2 and problem.softcap > 0 else {}
+        keys, rows = (tile.Bc, self.wide), (self.stages * tile.Br, self.wide)
+        return Shared16(sK=keys, sV=keys, sQ=rows, sdO=rows, sdS=scores, **P, **W)
+
+    def bytes(self, problem: Problem, tile: Tile) -> int:
         """Of shared memory, with L and D of each query in float32."""
-        return self.shared(tile).bytes + 2 * 4 * self.stages * tile.Br
+        return self.shared(problem, tile).bytes + 2 * 4 * self.stages * tile.Br
 
     def registers(self, softcap: bool) -> int:
-        """That a thread needs for dK, dV and either Sᵀ and dPᵀ (softcapped: twice as much) or dQ."""
-        dKV, S, dQ = self.rows * self.columns, self.rows * self.queries, self.rows_dQ * self.columns_dQ
-        return (2 * dKV + max((4 if softcap else 2) * S, dQ)) // 32
+        """That a thread needs for dK and dV, or one of them, and either Sᵀ and dPᵀ (softcapped: twice as much), or one
+        of them and P and dS, or dQ."""
+        dKV, S, dQ = (3 - self.roles) * self.rows * self.columns, self.scores, self.rows_dQ * self.piece
+        return (dKV + max((4 if softcap and self.roles == 1 else 2) * S, dQ)) // 32
 
 
 def wide_of(d: int) -> int:
@@ -94,30 +110,45 @@ def layouts(d: int, tile: Tile, s: Switches):
     wide = wide_of(d)
     choices = product((32, 16), range(1, wide // 16 + 1), (32, 16), (32, 16), (1, 2))
     for rows, side, queries, rows_dQ, barriers in choices:
-        warps, now = tile.Bc // rows * side, (rows, side, queries, barriers)
+        warps, now = tile.Bc // rows * side * s.roles, (rows, side, queries, barriers)
         if any(wanted not in (0, value) for wanted, value in zip((s.rows, s.side, s.queries, s.barriers), now)):
+            continue
+        if s.roles == 2 and (barriers == 1 or wide > d):  # it has barriers of its own, and copies no zeros
             continue
         if tile.Bc % rows or tile.Br % (side * queries) or wide % (16 * side):
             continue
         if tile.Br % rows_dQ or warps * rows_dQ % tile.Br or wide % (16 * (across := warps * rows_dQ // tile.Br)):
             continue
         blocks = s.blocks or max(1, 8 // warps)
-        yield Layout(rows, side, queries, wide // side, warps, rows_dQ, wide // across, blocks, barriers, s.stagger)
+        shares = rows, side, s.roles, queries, wide // side, warps, rows_dQ, wide // across
+        a = Layout(*shares, blocks, barriers, s.stagger)
+        if a.columns_dQ // a.piece not in (2, 3):  # of so few NVVM unrolls the loop, which takes too many registers
+            yield a
 
 
 def chosen(problem: Problem, tile: Tile, device: Device, **turned) -> Layout | None:
-    """The layout that is used: the first whose tiles fit in registers, with as many blocks, and as few barriers, as
-    shared memory allows."""
+    """The layout that is used: of one role; of two for wide heads, where a warp has more scores then, which takes less
+    reading for each."""
+    s, two = Switches(**turned), None
+    one = _first(problem, tile, device, replace(s, roles=1)) if s.roles != 2 else None
+    if s.roles == 2 or s.roles == 0 and one and problem.d > 128:
+        two = _first(problem, tile, device, replace(s, roles=2, queries=s.queries or 32))
+    if one and two and (one.scores >= two.scores or two.bytes(problem, tile) > room(device, two)):
+        return one
+    return two or one
+
+
+def _first(problem: Problem, tile: Tile, device: Device, s: Switches) -> Layout | None:
+    """The first whose tiles fit in registers, with as many blocks, and as few barriers, as shared memory allows."""
     found = [
-        a for a in layouts(problem.d, tile, Switches(**turned))
-        if a.registers(problem.softcap > 0) <= REGISTERS and a.warps <= 8
+        a for a in layouts(problem.d, tile, s) if a.registers(problem.softcap > 0) <= REGISTERS and a.warps <= 8
     ]  # fmt: skip
     if not found:
         return None
     alike = [a for a in found if replace(a, barriers=found[0].barriers) == found[0]]
-    most = [found[0].blocks] if "blocks" in turned else range(found[0].blocks, 0, -1)
+    most = [found[0].blocks] if s.blocks else range(found[0].blocks, 0, -1)
     fits = (replace(a, blocks=n) for n in most for a in alike)
-    return next((a for a in fits if a.bytes(tile) <= room(device, a)), alike[-1])
+    return next((a for a in fits if a.bytes(problem, tile) <= room(device, a)), alike[-1])
 
 
 def room(device: Device, a: Layout) -> int:
@@ -139,14 +170,14 @@ def check(name: str, other: str, problem: Problem, tile: Tile, device: Device, *
     if (a := chosen(problem, tile, device, **turned)) is None:
         warps = f"8 warps of 16 or 32 keys, with {REGISTERS} registers for tiles in each"
         raise Infeasible(tile, f"cannot be shared evenly by at most {warps}")
-    if (need := a.bytes(tile)) > (have := room(device, a)):
+    if (need := a.bytes(problem, tile)) > (have := room(device, a)):
         raise Infeasible(tile, f"needs {need:,} B of shared memory, each of {a.blocks} blocks has {have:,} B")
 
 
-def usual_tile(name: str, other: str, problem: Problem, device: Device) -> Tile:
+def usual_tile(name: str, other: str, problem: Problem, device: Device, **turned) -> Tile:
     """The tile of the least estimated time, of the largest that fits and those that leave registers to spare: ptxas has
     others spill.  Raises Unsupported."""
-    tile = largest(name, other, problem, device)
+    tile = largest(name, other, problem, device, **turned)
     if device.simulated or problem.softcap > 0:
         return tile
     heads, known = problem.B * problem.H_kv, paces(name, other, problem.kind, device)
@@ -154,12 +185,12 @@ def usual_tile(name: str, other: str, problem: Problem, device: Device) -> Tile:
     return min(times, key=times.get)
 
 
-def largest(name: str, other: str, problem: Problem, device: Device) -> Tile:
+def largest(name: str, other: str, problem: Problem, device: Device, **turned) -> Tile:
     """The largest tile that fits.  Raises Unsupported."""
     small = [Tile(32, 16), Tile(16, 16), Tile(64, 16), Tile(32, 32)]
     for tile in small if device.simulated else [Tile(64, 128), Tile(64, 64), Tile(32, 64)]:
         try:
-            check(name, other, problem, tile, device)
+            check(name, other, problem, tile, device, **turned)
             return tile
         except Unsupported:
             raise
@@ -175,14 +206,15 @@ def paces(name: str, other: str, problem: Problem, device: Device) -> dict[Tile,
     for tile in (*usual, *(tile for tile in TILES if tile.Br * tile.Bc <= 16_384)):
         with suppress(Infeasible):
             check(name, other, problem, tile, device)
-            if tile in usual or chosen(problem, tile, device).registers(False) <= REGISTERS - 32:
+            if tile in usual or chosen(problem, tile, device, roles=1).registers(False) <= REGISTERS - 32:
                 found[tile] = pace(problem, tile, device)
     return found
 
 
 def pace(problem: Problem, tile: Tile, device: Device) -> Pace:
-    """Fitted to all tiles of bwd_v2_mma at 39 shapes on an H200, bf16: d 32 to 256, N 512 to 8 Ki, 4 to 100 heads."""
-    a = chosen(problem, tile, device)
+    """Of one role.  Fitted to all tiles of bwd_v2_mma at 39 shapes on an H200, bf16: d 32 to 256, N 512 to 8 Ki, 4 to
+    100 heads."""
+    a = chosen(problem, tile, device, roles=1)
     d, Br, Bc = a.wide, tile.Br, tile.Bc
     parts = Br // (a.side * a.queries)  # of a step, in each of which a warp scores its queries
     scores = 4 * (a.rows + a.queries) * d  # bytes of shared memory that it reads for Sᵀ and dPᵀ, then for dV and dK

@@ -33,6 +33,9 @@ wait_group(newest)()                  until all groups but so many of the newest
 store_chunk(X, n, tile, row, column)  X[n, column : +8] = tile[row, column : +8]
 named_barrier(threads)(name)          syncthreads for so many threads, whole warps, that name the same of 1 to 15
 named_any(threads)(name, x)           the same, and whether x is true for any of them (simulated: for any of the block)
+named_give(threads)(name, mine)       of so many threads, whole warps, those of whom `mine` is true give, and go on
+named_take(threads)(name, mine)       those of whom it is true take: they wait till all the others have given or taken
+                                      (simulated: all the block's threads meet where some give, none where some take)
 fma(x, y, z)                          x·y + z, rounded once
 uniform(n)                            n, an int32 that a warp's lanes have in common: so that the compiler knows it, too
 read_chunk(X, n, column)              X[n, column : +8], four words
@@ -59,6 +62,7 @@ copy_chunk, store_chunk = instructions.copy_chunk, instructions.store_chunk
 copy_chunk_at = instructions.copy_chunk_at
 commit_group, wait_group = instructions.commit_group, instructions.wait_group
 named_barrier, named_any = instructions.named_barrier, instructions.named_any
+named_give, named_take = instructions.named_give, instructions.named_take
 fma, uniform = instructions.fma, instructions.uniform
 read_chunk, read_four, add_four = instructions.read_chunk, instructions.read_four, instructions.add_four
 copy_four, read_two = instructions.copy_four, instructions.read_two

@@ -373,6 +373,27 @@ def named_any(threads: int):
     return _named(met, f"named_any {threads}")
 
 
+def named_give(threads: int):
+    return _named_half("named_give", f"bar.arrive $0, {threads};")
+
+
+def named_take(threads: int):
+    return _named_half("named_take", f"bar.sync $0, {threads};")
+
+
+def _named_half(which: str, code: str):
+    def half(typingctx, name, mine):
+        def codegen(context, builder, sig, args):
+            with builder.if_then(args[1]):
+                name = context.cast(builder, args[0], sig.args[0], types.int32)
+                _asm(builder, code, "r", VOID, [name])
+            return context.get_dummy_value()
+
+        return types.void(name, types.boolean), codegen
+
+    return _named(half, f"{which} {code}")
+
+
 @intrinsic
 def fma(typingctx, x, y, z):
     def codegen(context, builder, sig, args):

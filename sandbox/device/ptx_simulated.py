@@ -213,6 +213,20 @@ def named_any(threads):
     return met
 
 
+def named_give(threads):
+    """All the block's threads meet, whether they give or take."""
+
+    @register
+    def give(name, mine):
+        cuda.syncthreads()
+
+    return give
+
+
+def named_take(threads):
+    return lambda name, mine: None
+
+
 def fma(x, y, z):
     """A product of two float32 is exact in float64."""
     return np.float32(np.float64(x) * np.float64(y) + np.float64(z))

@@ -4,8 +4,9 @@ A block of warps owns Bc keys and walks along the query blocks.  Scores are form
 32 keys by some queries: Pᵀ and dSᵀ, accumulators as they come, are then the left operands of dV += Pᵀ dO and
 dK += dSᵀ Q without leaving registers.  Where dK and dV of 32 keys are too many registers for one warp (d > 64), `side`
 warps share the keys: each owns some columns of dK and dV and some queries of Sᵀ, and gets the others' Pᵀ and dSᵀ from
-shared memory.  dQ = dS K, to which all keys contribute, is summed in float32 by atomic adds of 16 bytes: in memory it
-lies as the accumulators do, and a kernel of its own puts it in order.  dS is made of P as it was rounded for dV.
+shared memory.  For d > 128 half of the warps form S, the other half dP: device/halves.py.  dQ = dS K, to which all keys
+contribute, is summed in float32 by atomic adds of 16 bytes: in memory it lies as the accumulators do, and a kernel of
+its own puts it in order.  dS is made of P as it was rounded for dV.
 
 What the warps read of shared memory for each m16n8k16, in bytes, and with P and dS written, too; 128 B are a clock of
 shared memory, a product is about two of the tensor cores:
@@ -13,7 +14,7 @@ shared memory, a product is about two of the tensor cores:
     d    Br x Bc  warps   Sᵀ, dPᵀ   dV, dK    dQ    all   beside: P and dS in, registers of a thread for tiles
     64   64 x 128   4       256      128     256    205     13    128 + 64
     128  64 x 128   8       256      160     256    218     13    128 + 64
-    256  64 x 64    8       384      176     192    262     13    128 + 64
+    256  64 x 64    8       256      144     192    198     10    128 + 64
 """
 
 from dataclasses import replace
@@ -23,6 +24,7 @@ from numba import cuda, float32, int16, int32, uint32
 
 from ..device import Launch, device_function, scratch, zeros
 from ..device.columns import Columns
+from ..device.halves import halves
 from ..device.launch import addressable, all_or_none
 from ..device.layout import TILES, Switches, check, chosen, usual_tile  # noqa: F401  (Switches: for the catalog)
 from ..device.mma import Shared16, Warps
@@ -46,8 +48,8 @@ def build(problem, tile, device, **turned):
     PARTS, WIDE, ACROSS = Br // (SIDE * QUERIES), a.wide, a.wide // COLUMNS_dQ
     warps, columns = Warps(a.warps, problem.dtype), Columns(problem, MI, QUERIES)
     STAGES, ONCE, AHEAD, BUFFERS = a.stages, a.barriers == 1, 3 - a.barriers, 3 - a.barriers
-    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = a.shared(tile)
-    (tile_P,) = tile_P or [tile_dS]
+    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = a.shared(problem, tile)
+    tile_P = tile_P[0] if tile_P else tile_dS
     where, copy_QdO, copy_KV = warps.where_lean(), warps.copy_lean(Br, d, a.wide), warps.copy_lean(Bc, d, a.wide)
     KQt = VdOt = warps.product_nt(MI, QUERIES, d)
     own, others = warps.product_at("rn", MI, COLUMNS, QUERIES), warps.product_at("nn", MI, COLUMNS, QUERIES)
@@ -235,7 +237,7 @@ def build(problem, tile, device, **turned):
             store_dKV(dK[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sK, r0, lane)  # line 18
             store_dKV(dV[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sV, r0, lane)
 
-        return Launch(bwd_v2_mma, warps.threads, a.bytes(tile), blocks=a.blocks, tile=tile)
+        return Launch(bwd_v2_mma, warps.threads, a.bytes(problem, tile), blocks=a.blocks, tile=tile)
 
     @cuda.jit
     def to_dtype(dQ_acc, dQ, scale):
@@ -258,7 +260,8 @@ def build(problem, tile, device, **turned):
         r0 = int32(warp * QUERIES_OUT)
         store_dQ(dQ[b, :, h], i * Br + r0, min(i * Br + Br, N_q), sdQ, r0, lane)
 
-    run_rowsum, plain, scored = rowsum(problem), kernel(False), kernel(True)
+    make = halves(problem, tile, a) if a.roles == 2 else kernel
+    run_rowsum, plain, scored = rowsum(problem), make(False), make(True)
     run_to_dtype = Launch(to_dtype, warps.threads, 2 * Br * WIDE, tile=tile)
 
     def launch(problem, Q, K, V, mask, O, LSE, dO, dQ, dK, dV):

@@ -24,17 +24,17 @@ from ..variant import Variant
 
 L2_BYTES = 32 << 20  # of Q and dO, or of K and V, that are worked on at a time
 NAMES = "bwd_v2_mma_deterministic", "bwd_v2_deterministic"
-fit, usual = partial(check, *NAMES), partial(usual_tile, *NAMES)
+fit, usual = partial(check, *NAMES, roles=1), partial(usual_tile, *NAMES, roles=1)
 
 
 def build(problem, tile, device, **turned):
-    a = chosen(problem, tile, device, **turned)
+    a = chosen(problem, tile, device, **turned | dict(roles=1))
     d, Br, Bc, MI, SIDE = problem.d, tile.Br, tile.Bc, a.rows // 16, a.side
     ROWS, QUERIES, COLUMNS, PARTS = a.rows, a.queries, a.columns, Br // (a.side * a.queries)
     NS, NW, NK = QUERIES // 8, QUERIES // 16, COLUMNS // 8
     warps, columns = Warps(a.warps, problem.dtype), Columns(problem, MI, QUERIES)
     STAGES, ONCE, AHEAD, BUFFERS = a.stages, a.barriers == 1, 3 - a.barriers, 3 - a.barriers
-    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = a.shared(tile)
+    tile_K, tile_V, tile_Q, tile_dO, tile_dS, *tile_P = shared = a.shared(problem, tile)
     (tile_P,) = tile_P or [tile_dS]
     where, copy_QdO, copy_KV = warps.where_lean(), warps.copy_lean(Br, d, a.wide), warps.copy_lean(Bc, d, a.wide)
     KQt = VdOt = warps.product_nt(MI, QUERIES, d)
@@ -192,7 +192,7 @@ def build(problem, tile, device, **turned):
             store_dKV(dK[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sK, r0, lane)  # line 18
             store_dKV(dV[b, :, h_kv], j0 + r0, min(j0 + Bc, N_k), sV, r0, lane)
 
-        return Launch(dkdv, warps.threads, a.bytes(tile), blocks=a.blocks, tile=tile)
+        return Launch(dkdv, warps.threads, a.bytes(problem, tile), blocks=a.blocks, tile=tile)
 
     # dQ: a warp owns rows of Q, and walks along the keys
     q = chosen_dQ(problem, tile)
