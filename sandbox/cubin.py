@@ -30,8 +30,13 @@ class Report:
     def of(cls, entry: str, log: str) -> Report | None:
         """The report of one kernel, from the log of a verbose ptxas; None where it has none.
 
-        Functions that the kernel calls have stack and spills of their own: they are added.
+        Functions that the kernel calls have stack and spills of their own: they are added.  Where a cache of
+        nvJitLink's spared it ptxas, the log is a linker's: all local memory beyond the stack counts as spills.
         """
+        linked = re.search(rf"'{re.escape(entry)}':\n.*used (\d+) registers,.* (\d+) stack,.* (\d+) bytes lmem", log)
+        if linked and "entry function" not in log:
+            registers, stack, local = map(int, linked.groups())
+            return cls(entry, registers, stack, max(0, local - stack))
         part = log.partition(f"entry function '{entry}'")[2].partition("entry function '")[0]
         memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
         registers = re.search(r"Used (\d+) registers", part)

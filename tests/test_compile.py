@@ -25,6 +25,7 @@ from hypothesis import settings
 
 from sandbox import catalog
 from sandbox.choose import choose_tile
+from sandbox.cubin import Report
 from sandbox.mask import Mask
 from sandbox.problem import DTYPES, Problem
 from sandbox.variant import HOPPER, Tile
@@ -309,3 +310,12 @@ def test_internals_that_have_moved_are_told_in_a_line():
     version = importlib.metadata.version("numba-cuda")
     words = f"numba-cuda {version} has no numba.cuda.np.arrayobj.populate_array: expected numba-cuda 0.30, pip install"
     assert len(told) == 2 and all(words in line for line in told), told
+
+
+def test_the_report_of_a_kernel_that_a_cache_of_nvjitlinks_spared_ptxas():
+    """Seen on an H200 where several processes compiled the same kernel at once; `-no-cache` should keep it from us."""
+    log = "info    : 32 bytes gmem\ninfo    : Function properties for 'f$B2v1':\n"
+    log += "info    : used 30 registers, used 0 barriers, {} stack, 0 bytes smem, 968 bytes cmem[0], {} bytes lmem\n\0"
+    assert Report.of("f$B2v1", log.format(0, 0)) == Report("f$B2v1", 30, 0, 0)
+    assert Report.of("f$B2v1", log.format(8, 44)) == Report("f$B2v1", 30, 8, 36)
+    assert Report.of("g", log.format(0, 0)) is None

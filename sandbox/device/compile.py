@@ -76,7 +76,7 @@ def _compile(function, argument_types, bounds, arch) -> Binary:
         )
     entry = re.search(r"\.entry (\S+)\(", ptx).group(1)
     source = ptx.encode()
-    handle = nvjitlink.create(3, [f"-arch={arch}", "-O3", "-verbose"])
+    handle = nvjitlink.create(4, [f"-arch={arch}", "-O3", "-verbose", "-no-cache"])
     try:
         nvjitlink.add_data(handle, nvjitlink.InputType.PTX, source, len(source), function.__name__)
         nvjitlink.complete(handle)

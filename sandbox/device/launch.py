@@ -21,6 +21,7 @@ from ..variant import Infeasible, Tile
 from .scalar import SIMULATED
 
 POINTER, WIDE = ctypes.c_void_p, ctypes.c_int64
+FEW = 64  # bytes a thread: what ptxas spills at the edge differs by as much with the Python that Numba compiles under
 
 
 class Prepared(threading.local):
@@ -38,7 +39,8 @@ class Launch:
     warp     lanes that the kernel relies on to run in step (at most 32); the simulator's warps are that narrow
     shared   bytes of dynamic shared memory
     blocks   that are to share a multiprocessor, as far as registers go
-    tile     of a kernel whose tiles live in registers: where ptxas has it spill, it is Infeasible and never launched
+    tile     of a kernel whose tiles live in registers: where they do not fit there, by ptxas's report of what it
+             spills, it is Infeasible and never launched
     Arguments are torch tensors (bf16 and bool as their bits), ints (int32) and floats (float32), always in that type.
     """
 
@@ -83,7 +85,7 @@ class Launch:
         if key not in self._compiled:
             self._compiled[key] = compile.kernel(self.function, key[0], self.threads, self.blocks)
         report = self._compiled[key].report
-        if self.tile and (report.spills or report.stack):
+        if self.tile and max(report.spills, report.stack) > FEW:
             found = f"{report.spills} B of spills and {report.stack} B of stack a thread"
             raise Infeasible(self.tile, f"{self.name} has {found}: take a smaller tile, or None for the usual one")
         return self._compiled[key]
