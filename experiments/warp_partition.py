@@ -87,13 +87,18 @@ def candidates(problem: Problem, device: Device) -> list[tuple[str, str, Tile]]:
     found = [(SPLIT_Q, f"{q} rows=16", tile), (SPLIT_K, k, tile)]
     if device.simulated:
         return [*found, (V1, v1, tile)]
-    found += [(SPLIT_Q, q, usual(problem, device) or tile), (SPLIT_K, f"{k} rows=16", tile), (SPLIT_K, k, longer)]
-    return found + [(V1, f"{v1} rows=16", tile), (V1, f"{v1} stages=1 rows=16", tile), (V1, v1, longer)]
+    found += [
+        (SPLIT_Q, q, usual(fwd_v2_mma, problem, device) or tile),
+        (SPLIT_K, f"{k} rows=16", tile),
+        (SPLIT_K, k, longer),
+    ]
+    best = usual(fwd_v1_mma, problem, device) or tile
+    return found + [(V1, f"{v1} rows=16", tile), (V1, f"{v1} stages=1 rows=16", tile), (V1, v1, best)]
 
 
-def usual(problem: Problem, device: Device) -> Tile | None:
+def usual(kernel, problem: Problem, device: Device) -> Tile | None:
     try:
-        return fwd_v2_mma.usual(problem, device)
+        return kernel.usual(problem, device)
     except Infeasible:
         return None
 

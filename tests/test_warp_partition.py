@@ -10,7 +10,7 @@ from experiments import common, warp_partition
 from experiments.__main__ import main
 from experiments.claims import defaults
 from experiments.warp_partition import SPLIT_K, SPLIT_Q, V1
-from sandbox import target
+from sandbox import picture, target
 from sandbox.variant import HOPPER, SIMULATOR
 
 SIMULATED = target.KIND == "simulator"
@@ -106,7 +106,7 @@ def test_nothing_that_failed_the_gate_is_compared():
     failed = [row | {"gate": "failed: O is off"} for row in rows()]
     assert "Nothing to compare" in said(failed)
     for some in (found, failed):
-        common.picture.plt.close(warp_partition.draw(some))
+        picture.plt.close(warp_partition.draw(some))
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
