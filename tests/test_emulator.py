@@ -82,18 +82,20 @@ DEFECTS = {
     "a row block forgotten before all have heard": (
         SCHEDULER, "told.release(), told.next();", "told.next();", "nobody can go on",
     ),
-    "a row block replaced while it is read": (SCHEDULER, "next.told.acquire();", "", None),
+    "a row block replaced while it is read": (PRODUCERS, "deal.next.told.acquire(), deal.draw()", "deal.draw()", None),
     "a counter that is not put back": (SCHEDULER, "*counter = 0", "", "counter was left at"),
     "a product never waited for": (
         CU, "        products_wait<0>(rS);\n        if (threadIdx", "        if (threadIdx", "never waited for",
     ),
     "O finished while it is computed": (CU, "products_wait<0>(rO);\n            release_V", "release_V", None),
-    "loader: a stage that others still read": (PRODUCERS, "w.first) ring.acquire(), ask_K", "w.first) ask_K", None),
+    "loader: a stage that others still read": (
+        PRODUCERS, "ring.acquire(), ask_K(ring, s, map_", "ask_K(ring, s, map_", None,
+    ),
     "loader: a stage of before": (RING, "ring.parity ^= 1;", "", None),
     "loader: another block of K": (CU, "load.K(K.again(), w, j - STAGES)", "load.K(K.again(), w, j - 1)", None),
     "loader: a block of V too few": (PRODUCERS, "V(V_ring, w, w.end - n), V_ring", "V_ring", "nobody can go on"),
     "loader: blocks past the last": (
-        PRODUCERS, "&& j >= w.first) ring.acquire(), ask_K", ") ring.acquire(), ask_K", None,
+        PRODUCERS, "if (!mine || j < w.first) return;", "if (!mine) return;", None,
     ),
     "loader: V of the next rows before O has left": (PRODUCERS, "if (!O_APART && asks()) copies_out_read();", "", None),
     "loader: O never leaves": (CU, "load.send_O(done), ", "", None),

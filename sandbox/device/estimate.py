@@ -41,6 +41,8 @@ class Pace:
     def clocks(self, steps: np.ndarray, heads: int, device: Device) -> float:
         """Of a grid whose blocks have so many steps in each head."""
         blocks, most, mean = heads * len(steps), int(steps.max(initial=0)), float(steps.mean()) if len(steps) else 0.0
+        if blocks == 0:
+            return 0.0
         together = max(1, min(self.blocks, -(-blocks // device.sms)))
         if most == mean:
             waves, rest = divmod(blocks, device.sms * self.blocks)

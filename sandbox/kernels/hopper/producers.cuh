@@ -129,7 +129,7 @@ struct Loader {
     // Hands out the next row block: its Q, and its first blocks of K.
     DEVICE void first_K(const Ring<1> &Q_ring, Ring<STAGES> K_ring) {
         if (!mine) return;
-        if (asks()) deal.one();
+        if (asks()) deal.next.told.acquire(), deal.one();
         const Work w = first_lane(~0u, s.slot);
         if (w.end < 0) return;
         ask_Q(Q_ring, s, map_Q, w);

@@ -82,9 +82,8 @@ struct Deal {
     int *counter;
     int index = blockIdx.x;
 
-    // Whether it was one, and not the word that there is no more.
+    // Whether it was one, and not the word that there is no more.  Where all have heard the one before.
     DEVICE bool one() {
-        next.told.acquire();
         *next.slot = order.at(index);
         next.told.publish(), next.told.next();
         return index < order.count();
