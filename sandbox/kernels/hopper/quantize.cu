@@ -277,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) quantize(c
     Largest *largest_of = reinterpret_cast<Largest *>(tiles + 4);  // two: of this turn, and of the next one
     const int turns = (count(sides) - blockIdx.x + gridDim.x - 1) / gridDim.x;
     if (threadIdx.x == 0)
-        for (int n = 0; n < 2; ++n) tiles[n] = tile_at(sides, blockIdx.x + n * gridDim.x);
+        for (int n = 0; n < min(2, turns); ++n) tiles[n] = tile_at(sides, blockIdx.x + n * gridDim.x);
     __syncthreads();
     next.ask(sides, tiles[0]);
 #pragma unroll 1
