@@ -91,13 +91,14 @@ def label_ends(axes, labels, gap=0.05):
     """
     to_axes = (axes.transData + axes.transAxes.inverted()).transform
     ends = sorted((to_axes((x, y))[1], text, color) for x, y, text, color in labels)
-    heights = []
+    heights, top = [], 1.0
     for end, _, _ in ends:
         heights.append(max(end, heights[-1] + gap) if heights else end)
-    over = max(0.0, heights[-1] - 1) if heights else 0.0
-    for height, (end, text, color) in zip(heights, ends):
-        shifted = min(height, max(end, height - over)) if over else height
-        axes.text(1.02, shifted, text, color=color, fontsize=10, va="center", transform=axes.transAxes)
+    for n in reversed(range(len(heights))):  # none above the axes, and each below the one above it
+        heights[n] = min(heights[n], top)
+        top = heights[n] - gap
+    for height, (_, text, color) in zip(heights, ends):
+        axes.text(1.02, height, text, color=color, fontsize=10, va="center", transform=axes.transAxes)
 
 
 def few_ticks():

@@ -7,7 +7,7 @@ from experiments import common, loop_order, tile_size, units
 from experiments.__main__ import main
 from experiments.loop_answer import ON, Facts
 from experiments.units import FMA, TENSOR
-from sandbox import catalog, target
+from sandbox import catalog, picture, target
 from sandbox.measure import gate, standard
 from sandbox.variant import HOPPER, Infeasible
 
@@ -87,10 +87,10 @@ def test_runs_of_both_units_share_a_folder(tmp_path, capsys):
     assert "by the loop and by skipping tiles that the mask empties" in said and "The warps alone" in said
 
     pictures = [tmp_path / name for name in ("loop_order.png", "loop_order-tensor.png")]
-    for picture in pictures:
-        picture.unlink()
+    for one in pictures:
+        one.unlink()
     assert main(["draw", "loop_order", "--out", str(tmp_path)]) == 0
-    assert all(picture.exists() for picture in pictures)
+    assert all(one.exists() for one in pictures)
     told = capsys.readouterr().out
     assert told.count("Why swap the loops?") == 2 and "The grid alone" in told and "The warps alone" in told
     assert len(kernels(read(tmp_path))) == len(rows)
@@ -133,3 +133,12 @@ def test_all_kernels_of_a_comparison_take_its_usual_tile():
         assert [point.infeasible for point in points if point.infeasible] == []
     assert {point.problem.dtype for point in loop_order.plan(HOPPER, None, None, None, None, None, 1, None, False, 0,
                                                              None, False, TENSOR)} == {"bf16"}  # fmt: skip
+
+
+def test_names_at_the_ends_of_lines_do_not_overlap():
+    axes = picture.page("", "", (4, 3)).add_axes((0.1, 0.1, 0.5, 0.8))
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    picture.label_ends(axes, [(1, 0.96, "a", "k"), (1, 1.0, "b", "k"), (1, 0.9, "c", "k"), (1, 0.1, "d", "k")], 0.1)
+    heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert heights == pytest.approx({"d": 0.1, "c": 0.8, "a": 0.9, "b": 1.0})
+    picture.plt.close("all")
