@@ -277,14 +277,14 @@ def kernel(point: Point, device: Device) -> tuple[Variant | None, Problem | None
     except Unsupported:  # no Hopper
         return None, None, None
     if not device.simulated:
-        compiled(d, device)
+        compiled(point.N, d, device)
     return variant, problem, tile
 
 
 @functools.cache
-def compiled(d: int, device: Device) -> None:
-    """The kernels that this d takes, on every core of the machine at once."""
-    problems = [Problem(1, 1, 1, 1, 1, d, "fp16", mask=Mask(causal)) for causal in (False, True)]
+def compiled(N: int, d: int, device: Device) -> None:
+    """The kernels that this N and d take, on every core of the machine at once."""
+    problems = [Problem(1, 1, 1, N, N, d, "fp16", mask=Mask(causal)) for causal in (False, True)]
     wanted = [(KERNELS[scales, True], problem) for scales in ("block", "head") for problem in problems]
     made = [variant.launcher(problem, variant.usual(problem, device), device) for variant, problem in wanted]
     with ThreadPoolExecutor() as pool:

@@ -87,7 +87,7 @@ def quantize_fp8(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=None, inc
     q           (batch, N_q, heads, head_dim), float32, float16 or bfloat16, any strides; k, v likewise
     scales      one for each 'block', 'head' or 'tensor'
     q_block     rows of Q that share a scale, a multiple of 64 for attention_fp8
-    kv_block    keys that do; None: as many as the kernel's usual tile has, 160, 192 or 128 at head_dim 64, 128 or 256
+    kv_block    keys that do; None: as many as the tile has that the kernel takes for so many
     incoherent  Q and K are rotated against outliers: random signs by `seed`, then a Hadamard matrix
 
     On a Hopper GPU, for 16 bits, head_dim 64, 128 and 256, and blocks that share a thread block, this is one pass that
@@ -97,8 +97,8 @@ def quantize_fp8(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=None, inc
     Raises ValueError or TypeError, naming the argument.
     """
     if kv_block is None:
-        d = q.shape[-1] if isinstance(q, torch.Tensor) and q.ndim else 0
-        kv_block = _usual_keys(d) if d in HADAMARD else KV_BLOCK
+        N_k, _, d = k.shape[1:] if isinstance(k, torch.Tensor) and k.ndim == 4 else (0, 0, 0)
+        kv_block = _usual_keys(N_k, d) if d in HADAMARD else KV_BLOCK
     check_inputs(q, k, v, scales, q_block, kv_block)
     options = {"scales": scales, "q_block": q_block, "kv_block": kv_block, "incoherent": incoherent, "seed": seed}
     if _on_hopper(q):
@@ -138,8 +138,8 @@ def _variant(scales: str) -> Variant:
     return catalog.find(KERNEL if scales == "block" else f"{KERNEL} scales={scales}")
 
 
-def _usual_keys(d: int) -> int:
-    return _variant("block").usual(Problem(1, 1, 1, 1, 1, d, "bf16"), HOPPER).Bc
+def _usual_keys(N_k: int, d: int) -> int:
+    return _variant("block").usual(Problem(1, 1, 1, 1, N_k, d, "bf16"), HOPPER).Bc
 
 
 def _tile_for(problem, device, x):

@@ -64,7 +64,10 @@ DEFECTS = {
     "a tile asked for before its stage is free": (
         PRODUCERS, "ring.acquire(), ask_V(ring, s, map,", "ask_V(ring, s, map,", None,
     ),
-    "Q of the next rows too early": (PRODUCERS, "        ring.acquire();\n        ask(", "        ask(", None),
+    "Q of the next rows too early": (PRODUCERS, "        ring.acquire();\n        if (w.i0", "        if (w.i0", None),
+    "Q above the first row": (PRODUCERS, "if (w.i0 + 64 * g >= 0) ask", "if (true) ask", "above the first row"),
+    "O above the first row": (PRODUCERS, "w.i0 < 0 ? -w.i0 / 64 * O_PANELS : 0", "0", "above the first row"),
+    "O of its own above the first row": (ROWS, "(!BANDED || i0 >= 0)", "true", "above the first row"),
     "Q's phase forgotten": (CU, "j == w.first) Q.release(), Q.next();", "j == w.first) Q.release();", None),
     "a turn that is never passed": (CU, f"weigh();{NL}turn.pass();", "weigh();", "named barrier"),
     "a stage that is never released": (CU, f"{V_FREE}{NL}take_P", f"V.next();{NL}take_P", "nobody can go on"),
@@ -104,7 +107,12 @@ DEFECTS = {
     "loader: every warp asks": (PRODUCERS, "!WARP_SPECIALIZED && uniform", "!WARP_SPECIALIZED || uniform", None),
 }  # fmt: skip
 LOADER = dict(warp_specialized=False, ping_pong=False)  # in turn, it would seldom be too early
-APART = ("O overwritten while it leaves", "O never waited for", "Q given back while it is read")  # O has its own tile
+APART = (
+    "O overwritten while it leaves",
+    "O never waited for",
+    "Q given back while it is read",
+    "O of its own above the first row",
+)  # O has its own tile
 
 
 @pytest.fixture
@@ -145,6 +153,7 @@ def test_a_defect_is_found(sources, monkeypatch, what):
     problem = Problem(1, 1, 1, 140, 150, 64, "fp16") if what == "keys past the end" else PROBLEM
     turned = LOADER if what.startswith("loader") else {}
     problem = replace(problem, N_q=700) if turned else problem  # more row blocks, more occasions
+    problem = replace(problem, N_q=150) if what.endswith("first row") else problem  # a warpgroup has none
     found = []
     for order in ORDERS:
         try:

@@ -151,7 +151,7 @@ def test_the_kernel_on_heads_of_32():
 def test_its_kernels_are_compiled_at_once(monkeypatch):
     made = []
     monkeypatch.setattr(HopperLaunch, "binary", lambda launch: made.append(launch.defines))
-    fp8_error.compiled.__wrapped__(128, HOPPER)
+    fp8_error.compiled.__wrapped__(2048, 128, HOPPER)
     monkeypatch.setattr(fp8_error, "compiled", lambda *_: None)
     wanted = set()
     for point in fp8_error.plan(HOPPER, ("strength",), 8192, 2048, 128, 1):

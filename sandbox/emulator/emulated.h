@@ -361,6 +361,7 @@ template <class Visit>
 void box(const TensorMap &map, u32 tile, const int (&from)[4], Visit visit) {
     const u64 width = map.box[0] * map.element;
     if ((width != 128 && width != 64 && width != 32) || map.box[2] != 1 || map.box[3] != 1) fail("a box that is no panel");
+    if (from[1] + (long long)map.box[1] <= 0) fail("a box above the first row: an illegal instruction on a GPU");
     if (tile % (8 * width)) fail("a swizzled tile that does not start at a multiple of 8 rows");
     for (u64 r = 0; r < map.box[1]; ++r)
         for (u64 c = 0; c < map.box[0]; ++c) {

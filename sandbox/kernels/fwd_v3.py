@@ -72,12 +72,12 @@ def chosen(problem, tile, device, **turned) -> Switches:
     """The switches that are used: a tile for O and up to four stages, as they fit; else what sweeps on an H100 said.
     Those that are `turned` are as they are there.
 
-    Turns cost more than they bring where the softmax is cheap beside products (d > 64), and where a mask gives the
-    warpgroups unequal work.
+    Turns cost more than they bring where the softmax is cheap beside products (d > 64); where it is not, three
+    warpgroups gain by them under a mask, and four without.
     """
     d, banded = padded(problem.d), problem.mask.banded
     if d <= 64 and tile.Br == 192:
-        found = Switches(ping_pong=True, q_in_registers=d // 16, unroll=1)
+        found = Switches(ping_pong=banded, q_in_registers=d // 16, unroll=1)
     elif d <= 64:
         found = Switches(ping_pong=not banded)
     else:
@@ -113,12 +113,13 @@ def fit(problem, tile, device, **turned):
 
 
 def usual(problem, device) -> Tile:
-    """The fastest tile of sweeps on an H200 and an H100, d 64, 128 and 256, N from 1k to 16k."""
-    d, banded, N_k = padded(problem.d), problem.mask.banded, problem.N_k
+    """The fastest tile of sweeps on an H200 and an H100, d 64, 96, 128 and 256, N from 1k to 16k."""
+    d, banded, short = padded(problem.d), problem.mask.banded, problem.N_k <= 1536
     if d <= 64:
-        tile = Tile(256, 64) if N_k <= (8192 if banded else 2048) else Tile(192, 112)
+        tile = Tile(256, 64) if short else Tile(192, 128)
     elif d <= 128:
-        tile = Tile(128, 128) if banded or N_k <= 2048 else Tile(192, 80)
+        long = Tile(192, 96) if d <= 96 else Tile(192, 80)
+        tile = long if not short else Tile(192, 64) if banded else Tile(128, 128)
     else:
         tile = Tile(128, 112) if d <= 192 else Tile(128, 64)
     fit(problem, tile, device)

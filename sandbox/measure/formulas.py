@@ -22,6 +22,7 @@ from ..problem import Problem
 from ..variant import Tile
 from .traffic import Traffic
 
+WARPGROUP_ROWS = 64  # of fwd_v3
 FP32 = ("LSE", "L", "l", "m", "D", "O_acc", "dQ_acc")  # whatever the inputs are; X_acc is X while it is being summed
 
 
@@ -33,7 +34,6 @@ class Walk:
     K_rows        sum over row blocks i of the keys in the tiles that i touches
     Q_rows        sum over key blocks j of the rows in the tiles that j touches
     blind_rows    rows in row blocks that touch no tile at all
-    blind         such row blocks
     K_seen        keys in key blocks that at least one row block touches
     visits        pairs of a key block and a row block that it touches
     """
@@ -43,7 +43,6 @@ class Walk:
     K_rows: int
     Q_rows: int
     blind_rows: int
-    blind: int
     K_seen: int
     visits: int
 
@@ -53,18 +52,17 @@ def walk(p: Problem, tile: Tile, rounded: bool = False) -> Walk:
     Br, Bc, N_q, N_k = tile.Br, tile.Bc, p.N_q, p.N_k
     key_blocks, query_blocks = (_key_blocks, _query_blocks) if rounded else (Mask.key_blocks, Mask.query_blocks)
     Tr, Tc = -(-N_q // Br), -(-N_k // Bc)
-    K_rows = Q_rows = blind_rows = blind = K_seen = visits = 0
+    K_rows = Q_rows = blind_rows = K_seen = visits = 0
     for i in range(Tr):
         blocks = key_blocks(p.mask, i * Br, Br, Bc, N_q, N_k)
         K_rows += min(blocks.stop * Bc, N_k) - blocks.start * Bc if blocks else 0
         blind_rows += 0 if blocks else min(Br, N_q - i * Br)
-        blind += not blocks
     for j in range(Tc):
         blocks = query_blocks(p.mask, j * Bc, Br, Bc, N_q, N_k)
         Q_rows += min(blocks.stop * Br, N_q) - blocks.start * Br if blocks else 0
         K_seen += min(Bc, N_k - j * Bc) if blocks else 0
         visits += len(blocks)
-    return Walk(Tr, Tc, K_rows, Q_rows, blind_rows, blind, K_seen, visits)
+    return Walk(Tr, Tc, K_rows, Q_rows, blind_rows, K_seen, visits)
 
 
 def _key_blocks(mask: Mask, i0: int, Br: int, Bc: int, N_q: int, N_k: int) -> range:
@@ -93,10 +91,16 @@ def fwd_v2_mma(p: Problem, tile: Tile):
 
 
 def fwd_v3(p: Problem, tile: Tile):
-    """As fwd_q_outer, but a row block that sees nothing takes one key block all the same; with no key at all, a row."""
-    reads, writes = fwd_q_outer(p, tile)
-    more = p.B * p.H * walk(p, tile).blind * min(tile.Bc, max(1, p.N_k)) * p.d
-    return reads | {"K": reads["K"] + more, "V": reads["V"] + more}, writes
+    """As fwd_q_outer, but under a band it is the first row block that goes over the edge, by whole warpgroups' rows;
+    and one that sees nothing takes a key block all the same; with no key at all, a row."""
+    (Br, Bc), Tr, K_rows = (tile.Br, tile.Bc), -(-p.N_q // tile.Br), 0
+    before = (Tr * Br - p.N_q) // WARPGROUP_ROWS * WARPGROUP_ROWS if p.mask.banded else 0
+    for i in range(Tr):
+        first, end = max(0, i * Br - before), (i + 1) * Br - before
+        blocks = p.mask.key_blocks(first, end - first, Bc, p.N_q, p.N_k) or range(1)
+        K_rows += min(blocks.stop * Bc, max(1, p.N_k)) - blocks.start * Bc
+    reads = {"Q": p.N_q * p.d, "K": K_rows * p.d, "V": K_rows * p.d}
+    return _times(p.B * p.H, reads), _times(p.B * p.H, {"O": p.N_q * p.d, "LSE": p.N_q})
 
 
 def fwd_v1(p: Problem, tile: Tile):

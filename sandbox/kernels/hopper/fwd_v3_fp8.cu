@@ -70,7 +70,7 @@ struct Consumer : Rows {
 
     // The scale of these rows of Q, and of K and V: of all, where there is but one, else of the first blocks.
     DEVICE void take_scales() {
-        const int head = w.batch * shape.H + w.head, block = min(i0, shape.N_q - 1) / scales.q_rows;
+        const int head = w.batch * shape.H + w.head, block = max(0, min(i0, shape.N_q - 1)) / scales.q_rows;
         unit = load(scales.Q + head * scales.q_blocks + min(block, scales.q_blocks - 1)) * shape.scale * LOG2_E;
         const int blocks = head / shape.group * scales.kv_blocks;
         strip.K = scales.K + blocks, strip.V = scales.V + blocks, of_K = 1.f;

@@ -23,13 +23,14 @@ DEVICE void ask(const Ring<Size> &ring, unsigned char (&tiles)[Size][Bytes], con
         copy_in(tile + p * PANEL, map, ring.full(), WIDTH / BYTES * p, i0 + j * ROWS, head, batch, policy);
 }
 
-// Q of a row block, 64 rows a warpgroup.
+// Q of a row block, 64 rows a warpgroup; of one that has none, what lies there.
 DEVICE void ask_Q(Ring<1> ring, Shared &s, const TensorMap &map, const Work &w) {
 #pragma unroll 1
     for (int g = 0; g < WARPGROUPS; ++g) {
         ring.barriers = shared_address(s.Q[g]);
         ring.acquire();
-        ask(ring, s.sQ[g], map, w.i0, g, w.head, w.batch, EVICT_FIRST);
+        if (w.i0 + 64 * g >= 0) ask(ring, s.sQ[g], map, w.i0, g, w.head, w.batch, EVICT_FIRST);
+        else if (asks()) barrier_arrive(ring.full());
     }
 }
 
@@ -52,7 +53,7 @@ DEVICE void send_O(Ring<1> &O_here, Shared &s, const TensorMap &map, const Work 
     O_here.wait(), O_here.next();
     if (!asks()) return;
 #pragma unroll 1
-    for (int t = 0; t < WARPGROUPS * O_PANELS; ++t)
+    for (int t = w.i0 < 0 ? -w.i0 / 64 * O_PANELS : 0; t < WARPGROUPS * O_PANELS; ++t)
         copy_out(map, shared_address(s.sV) + t * O_PANEL, t % O_PANELS * 64, w.i0 + t / O_PANELS * 64, w.head, w.batch);
     copies_out_commit();
 }

@@ -21,7 +21,7 @@ struct Rows {
     const int warpgroup, warp, lane;
     Work w;
     int skipped = 0;  // key blocks of this row block that its other warpgroups alone see
-    int i0;           // the warpgroup's first row
+    int i0;           // the warpgroup's first row, which is below 0 where it has none
     int row;          // this thread's first row; its second is 8 further
 
     DEVICE Rows(Shared &s, const TensorMap &O, float *LSE, const Shape &shape, int warpgroup)
@@ -101,7 +101,7 @@ struct Rows {
             if (!O_APART) {
                 barrier_arrive(shared_address(s.O_here));
             } else {
-                for (int p = 0; p < O_PANELS; ++p)
+                for (int p = 0; p < O_PANELS && (!BANDED || i0 >= 0); ++p)
                     copy_out(O, sO + p * O_PANEL, 64 * p, w.i0 + 64 * warpgroup, w.head, w.batch);
                 copies_out_commit();
             }
@@ -115,7 +115,7 @@ struct Rows {
 #pragma unroll
         for (int a = 0; a < 2; ++a) {
             const int i = w.i0 + 64 * warpgroup + 16 * warp + lane / 4 + 8 * a;
-            if (lane % 4 == 0 && i < shape.N_q) store(to + i, softmax.lse(a));
+            if (lane % 4 == 0 && static_cast<u32>(i) < shape.N_q) store(to + i, softmax.lse(a));
         }
     }
 };

@@ -12,7 +12,8 @@ struct Shape {
     float scale, softcap;
 };
 
-// Br rows of one head, its key/value head and the key blocks [first, end) that the rows see; end < 0: there is no more.
+// Br rows of one head from i0 on, which may be below 0, its key/value head and the key blocks [first, end) that the rows
+// see; end < 0: there is no more.
 struct Work {
     int i0, head, kv_head, batch, first, end;
 };
@@ -24,13 +25,15 @@ DEVICE Work first_lane(u32 lanes, const Work &w) {
 }
 
 // Row blocks in the order they are to be begun.  Under a band, the rows that see most come first (longest processing time
-// first), in sections of heads so that K and V are read from L2.
+// first), in sections of heads so that K and V are read from L2; and where Br does not divide the rows, it is the first
+// row block that goes over their edge, by whole warpgroups: it sees least.
 template <int Br, int Bc, bool Banded>
 struct Order {
     const Shape &shape;
 
     DEVICE int rows() const { return (shape.N_q + Br - 1) / Br; }  // row blocks a head
     DEVICE int count() const { return rows() * shape.heads; }
+    DEVICE int before() const { return Banded ? (rows() * Br - shape.N_q) / 64 * 64 : 0; }  // the first row
 
     DEVICE Work at(int index) const {
         if (index >= count()) return {0, 0, 0, 0, 0, -1};
@@ -43,10 +46,10 @@ struct Order {
         } else {
             i = index % Tr, bh = index / Tr;
         }
-        const int i0 = i * Br, head = bh % shape.H;
+        const int i0 = i * Br - before(), head = bh % shape.H;
         int first = 0, end = shape.N_k;
         if (Banded) {
-            first = max(first, i0 + shape.lo);
+            first = max(first, max(i0, 0) + shape.lo);
             end = min(end, min(i0 + Br, shape.N_q) + shape.hi);
         }
         if (first >= end) first = 0, end = 1;  // rows that see nothing: one block, of which the mask leaves nothing
