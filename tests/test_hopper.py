@@ -299,7 +299,7 @@ def test_its_products_follow_one_another(d, N, causal, specialized, tmp_path):
 
 
 EIGHT_BITS = ("QGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "MUFU.EX2", "F2FP.SATFINITE.E4M3.F32")
-OF_8_BITS = [(64, 1024), (64, 4096), (64, 16384), (128, 1024), (128, 4096), (256, 4096)]  # each has a tile of its own
+OF_8_BITS = [(64, 1024), (64, 2048), (64, 4096), (128, 1024), (128, 4096), (256, 4096)]  # each has a tile of its own
 
 
 @pytest.mark.parametrize("scored", [False, True], ids=["plain", "scored"])

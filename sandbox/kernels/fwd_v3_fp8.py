@@ -117,7 +117,7 @@ def usual(problem, device, **turned) -> Tile:
     if turned.get("two_level"):
         tile = Tile(192, 64) if d == 64 else Tile(128, 96)
     elif d == 64:
-        tile = Tile(256, 64) if N_k <= 1024 else Tile(192, 128) if N_k <= 4096 else Tile(192, 160)
+        tile = Tile(256, 64) if N_k <= 1024 else Tile(192, 128) if N_k <= 2048 else Tile(192, 160)
     elif d == 128:
         tile = Tile(192, 96) if N_k <= 1024 else Tile(128, 192)
     else:
