@@ -34,6 +34,7 @@ class Walk:
     K_rows        sum over row blocks i of the keys in the tiles that i touches
     Q_rows        sum over key blocks j of the rows in the tiles that j touches
     blind_rows    rows in row blocks that touch no tile at all
+    blind         such row blocks
     K_seen        keys in key blocks that at least one row block touches
     visits        pairs of a key block and a row block that it touches
     """
@@ -43,6 +44,7 @@ class Walk:
     K_rows: int
     Q_rows: int
     blind_rows: int
+    blind: int
     K_seen: int
     visits: int
 
@@ -52,17 +54,18 @@ def walk(p: Problem, tile: Tile, rounded: bool = False) -> Walk:
     Br, Bc, N_q, N_k = tile.Br, tile.Bc, p.N_q, p.N_k
     key_blocks, query_blocks = (_key_blocks, _query_blocks) if rounded else (Mask.key_blocks, Mask.query_blocks)
     Tr, Tc = -(-N_q // Br), -(-N_k // Bc)
-    K_rows = Q_rows = blind_rows = K_seen = visits = 0
+    K_rows = Q_rows = blind_rows = blind = K_seen = visits = 0
     for i in range(Tr):
         blocks = key_blocks(p.mask, i * Br, Br, Bc, N_q, N_k)
         K_rows += min(blocks.stop * Bc, N_k) - blocks.start * Bc if blocks else 0
         blind_rows += 0 if blocks else min(Br, N_q - i * Br)
+        blind += not blocks
     for j in range(Tc):
         blocks = query_blocks(p.mask, j * Bc, Br, Bc, N_q, N_k)
         Q_rows += min(blocks.stop * Br, N_q) - blocks.start * Br if blocks else 0
         K_seen += min(Bc, N_k - j * Bc) if blocks else 0
         visits += len(blocks)
-    return Walk(Tr, Tc, K_rows, Q_rows, blind_rows, K_seen, visits)
+    return Walk(Tr, Tc, K_rows, Q_rows, blind_rows, blind, K_seen, visits)
 
 
 def _key_blocks(mask: Mask, i0: int, Br: int, Bc: int, N_q: int, N_k: int) -> range:
