@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import get_type_hints
 
@@ -202,7 +203,7 @@ def _settled(look):
             return known[key]
         except (KeyError, TypeError):  # not yet; not hashable
             variant = look(*key)
-        if file_of(variant.name).parent == PACKAGE:
+        if (PACKAGE / f"{variant.name}.py").is_file():
             known[key] = variant
         return variant
 
@@ -215,6 +216,8 @@ def forward(name: str) -> Variant:
 
     Raises TypeError or ValueError, with the nearest names, on anything else; a backward's name is refused.
     """
+    if isinstance(name, str) and (variant := _at_once(name)):
+        return variant
     if not isinstance(name, str):
         raise TypeError(
             f"variant={name!r}: expected a generation ({', '.join(generations())}) or a forward kernel's name"
@@ -227,6 +230,18 @@ def forward(name: str) -> Variant:
     if name in _all():
         raise ValueError(f"variant={name!r} is a {_all()[name].direction} kernel: expected one of {', '.join(names)}")
     raise _unknown(name, names)
+
+
+def _at_once(name: str) -> Variant | None:
+    """A forward kernel of the package that bears this name or, a generation's, fwd_NAME: by its own file alone, as all
+    the others, and numba with them, take most of a second to import."""
+    for stem in (name, f"fwd_{name}") if name.isidentifier() else ():
+        if (PACKAGE / f"{stem}.py").is_file():
+            with suppress(Exception):  # what is wrong with it, a look at all will tell
+                variant = load(PACKAGE / f"{stem}.py")
+                if variant.direction == "fwd" and (stem == name or variant.default and variant.generation == name):
+                    return variant
+    return None
 
 
 @_settled

@@ -38,8 +38,9 @@ def _decide() -> str:
 
 
 KIND = _decide()
+SIMULATED = KIND == "simulator"
 
-if KIND == "simulator":
+if SIMULATED:
     if "numba.cuda" in sys.modules and os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
         raise RuntimeError("numba.cuda was imported before sandbox chose its simulator: import sandbox first")
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
@@ -58,7 +59,7 @@ def _announce() -> None:
 
 def device() -> Device:
     """The device that kernels run on: the current CUDA device, or the simulator (said once, in one line)."""
-    if KIND == "simulator":
+    if SIMULATED:
         _announce()
         return SIMULATOR
     if KIND == "compile":

@@ -116,7 +116,7 @@ def test_sizes_heads_and_masks(problem, scales):
 @pytest.mark.parametrize(
     "turned",
     [
-        dict(ping_pong=True), dict(overlap=False), dict(dynamic=False), dict(unroll=2), dict(q_in_registers=2),
+        dict(ping_pong=True), dict(overlap=False), dict(dynamic=False), dict(q_in_registers=2),
         dict(q_in_registers=0, ping_pong=True, overlap=False), dict(two_level=True),
     ],
     ids=str,

@@ -225,22 +225,29 @@ def test_what_makes_another_binary(saxpy, cache):
     assert both() == (0, 0)
     saxpy.write_text(SAXPY + "// edited\n")
     assert both() == (1, 0)
-    with mock.patch.object(compiler, "_versions", lambda: "another NVRTC, other headers"):
+    with mock.patch.object(compiler, "_version", lambda: "another NVRTC"):
         assert both() == (1, 0)
+    for include in "#include <cuda_fp16.h>", "#define H <cuda_fp16.h>\n # include H":
+        saxpy.write_text(f"{include}\n{SAXPY}")
+        assert both() == (1, 0)
+        with mock.patch.object(compiler, "_headers", lambda: "other headers"):
+            assert both() == (1, 0)
     saxpy.write_text(SAXPY)
+    with mock.patch.object(compiler, "_headers", lambda: "other headers, of which none is included"):
+        assert both() == (0, 0)
     header.write_text(STEP)
     assert both() == (0, 0)
 
 
 def test_the_versions_that_enter_the_key(tmp_path, monkeypatch):
-    major, minor, size, digest = compiler._versions()
+    (major, minor, size), digest = compiler._version(), compiler._headers()
     assert (major, minor) >= (12, 0) and size == library.nvrtc().path.stat().st_size
     shutil.copytree(library.headers()[0], tmp_path / "include", ignore=shutil.ignore_patterns("thrust", "cub"))
     monkeypatch.setattr(library, "headers", lambda: (tmp_path / "include", tmp_path / "include" / "cccl"))
-    assert compiler._versions.__wrapped__() == (major, minor, size, digest)
+    assert compiler._headers.__wrapped__() == digest
     for file in tmp_path / "include" / "cuda_fp8.hpp", tmp_path / "include/cccl/cuda/std/__cccl/version.h":
         file.write_text(file.read_text() + "\n")
-        assert (edited := compiler._versions.__wrapped__()[3]) != digest, file
+        assert (edited := compiler._headers.__wrapped__()) != digest, file
         digest = edited
 
 

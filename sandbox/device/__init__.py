@@ -3,13 +3,17 @@
 Everything a kernel file needs comes from here; the same kernel source runs on a GPU and on the simulator.
 """
 
-from .launch import Launch, scratch, zeros
-from .scalar import conversions, device_function
-from .softmax import Softmax
-from .tiles import Blocks, Shared, Threads
-from .visit import Visit
+import importlib
 
-__all__ = [
-    "Blocks", "Launch", "Shared", "Softmax", "Threads", "Visit", "conversions", "device_function", "scratch",
-    "zeros",
-]  # fmt: skip
+HOME = {
+    "Blocks": "tiles", "Launch": "launch", "Shared": "tiles", "Softmax": "softmax", "Threads": "tiles",
+    "Visit": "visit", "conversions": "scalar", "device_function": "scalar", "scratch": "launch", "zeros": "launch",
+}  # fmt: skip
+__all__ = list(HOME)
+
+
+def __getattr__(name: str):
+    """Found when it is asked for: kernels in CUDA C++ do without numba, which takes half a second to import."""
+    if name not in HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{HOME[name]}", __name__), name)

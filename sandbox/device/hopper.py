@@ -15,9 +15,9 @@ import torch
 
 from .. import emulator, nvrtc
 from ..problem import Problem
+from ..target import SIMULATED
 from . import launch as launches
 from .launch import addressable
-from .scalar import SIMULATED
 
 HEADERS = Path(__file__).parents[1] / "kernels" / "hopper"  # of kernels elsewhere, too
 L2_BYTES = 32 << 20  # of K and V that are worked on at a time

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from .. import nvrtc
+from ..target import SIMULATED
 from ..variant import Infeasible, Tile
-from .scalar import SIMULATED
 
 POINTER, WIDE = ctypes.c_void_p, ctypes.c_int64
 FEW = 64  # bytes a thread: what ptxas spills at the edge differs by as much with the Python that Numba compiles under

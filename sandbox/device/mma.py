@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from numba import cuda, int32, uint32
 
+from ..target import SIMULATED
 from .ptx import (
     copy_chunk,
     copy_chunk_at,
@@ -32,7 +33,7 @@ from .ptx import (
     store_chunk,
     uniform,
 )
-from .scalar import SIMULATED, ZERO, device_function
+from .scalar import ZERO, device_function
 
 MMA = {"fp16": (mma_fp16, pack_fp16), "bf16": (mma_bf16, pack_bf16)}
 

@@ -46,7 +46,7 @@ unpack_fp16(word), unpack_bf16        (low, high), two float32
 here(x)                               x, an int32; what follows from it is computed here, not before the loop and kept
 """
 
-from .scalar import SIMULATED
+from ..target import SIMULATED
 
 if SIMULATED:
     from . import ptx_simulated as instructions

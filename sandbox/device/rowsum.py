@@ -8,9 +8,10 @@ import math
 from numba import cuda
 
 from ..problem import Problem
+from ..target import SIMULATED
 from .launch import Launch
 from .ptx import read_chunk, unpack_bf16, unpack_fp16
-from .scalar import LOG2_E, NEG_INF, SIMULATED, ZERO, device_function, quotient
+from .scalar import LOG2_E, NEG_INF, ZERO, device_function, quotient
 from .softmax import ALL_LANES
 
 THREADS = 32 if SIMULATED else 256

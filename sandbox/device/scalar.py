@@ -8,9 +8,7 @@ import numpy as np
 from numba import cuda, float32, int16, int32, uint32
 from numba.cuda import types
 
-from .. import target
-
-SIMULATED = target.KIND == "simulator"
+from ..target import SIMULATED
 
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 NEG_INF, LOWEST = np.float32(-math.inf), np.finfo(np.float32).min

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 from numba import cuda, float32
 
+from ..target import SIMULATED
 from ..variant import Device, Infeasible, Tile
-from .scalar import SIMULATED, ZERO, device_function, same
+from .scalar import ZERO, device_function, same
 
 
 def _ceil(n: int, step: int) -> int:

@@ -47,7 +47,6 @@ class Switches:
     stages      tiles of K and of V that are on their way or in use
     o_apart     O has a tile of its own; else it leaves through V's, and the next V waits
     q_in_registers  columns of Q, by 16, that are read from its tile once a row block, and not by every product
-    unroll      steps of the main loop that are laid out in a row, which saves moves between registers
     ping_pong   while one warpgroup multiplies, another takes its softmax
     overlap     Q Kᵀ of the next block is under way during the softmax of this one
     dynamic     a block that is free takes the next row block; else each gridDim.x-th is its own
@@ -59,7 +58,6 @@ class Switches:
     stages: int = 2
     o_apart: bool = False
     q_in_registers: int = 0
-    unroll: int = 2
     ping_pong: bool = True
     overlap: bool = True
     dynamic: bool = True
@@ -77,7 +75,7 @@ def chosen(problem, tile, device, **turned) -> Switches:
     """
     d, banded = padded(problem.d), problem.mask.banded
     if d <= 64 and tile.Br == 192:
-        found = Switches(ping_pong=banded, q_in_registers=d // 16, unroll=1)
+        found = Switches(ping_pong=banded, q_in_registers=d // 16)
     elif d <= 64:
         found = Switches(ping_pong=not banded)
     else:

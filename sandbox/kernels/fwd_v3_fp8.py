@@ -62,7 +62,6 @@ class Switches:
     stages: int = 2
     o_apart: bool = False
     q_in_registers: int = 0  # columns of Q, by 32
-    unroll: int = 1
     ping_pong: bool = False
     overlap: bool = True
     dynamic: bool = True

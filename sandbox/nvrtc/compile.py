@@ -1,8 +1,8 @@
 """From a CUDA C++ file to a cubin and ptxas's report, kept on disk.  [floor 1: no GPU, no driver]
 
 The file and what it includes in quotes are read once, and NVRTC gets those very texts: nothing is compiled that the
-key does not cover.  The key also holds the entry, the defines, the options, and which NVRTC and which of CUDA's own
-headers there are.  What ptxas only mentions in its log is an error here: spills, a stack, and what it calls a
+key does not cover.  The key also holds the entry, the defines, the options, which NVRTC there is, and which of CUDA's
+own headers, where one is included.  What ptxas only mentions in its log is an error here: spills, a stack, and what it calls a
 potential performance loss (a `setmaxnreg` that it ignored, `wgmma` that it serialised).
 """
 
@@ -26,6 +26,7 @@ FLAGS = (  # NVRTC's own cache, where there is a driver, keeps no log
 )  # fmt: skip
 UNSEEN = ("-I", "--include-path", "-include", "--pre-include")  # options that bring in files which no key covers
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
+ELSEWHERE = re.compile(r'^[ \t]*#[ \t]*include\b[ \t]*[^" \t]', re.MULTILINE)  # one of CUDA's headers, or a macro
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 LOSS = re.compile(r"Potential Performance Loss: (.*)")
 
@@ -62,7 +63,8 @@ def compile(
     sources = _sources(path, folders)
     command = (f"--gpu-architecture={arch}", *FLAGS, *_macros(path, sources, defines), *options)
     _check(entry, arch, options)
-    file = file_of(re.sub(r"\W+", "_", entry), (sources, entry, command, _versions()))
+    headers = _headers() if any(map(ELSEWHERE.search, sources.values())) else None
+    file = file_of(re.sub(r"\W+", "_", entry), (sources, entry, command, _version(), headers))
     with _locks.setdefault(file, threading.Lock()):
         if (kept := read(file)) is None:
             kept = _compile(path.name, sources, entry, command)
@@ -110,15 +112,21 @@ def _check(entry: str, arch: str, options: Sequence[str]) -> None:
 
 
 @functools.cache
-def _versions() -> tuple:
-    """Which NVRTC and which of CUDA's headers there are: by content, since releases of one version differ."""
-    nvrtc, (cuda, *cccl) = library.nvrtc(), library.headers()
-    major, minor = ctypes.c_int(), ctypes.c_int()
+def _version() -> tuple[int, int, int]:
+    """Which NVRTC there is: releases of one version differ in size."""
+    nvrtc, major, minor = library.nvrtc(), ctypes.c_int(), ctypes.c_int()
     nvrtc.nvrtcVersion(major, minor)
+    return major.value, minor.value, nvrtc.path.stat().st_size
+
+
+@functools.cache
+def _headers() -> str:
+    """Which of CUDA's headers there are: a digest of their content, which on a cold disk takes a tenth of a second."""
+    cuda, *cccl = library.headers()
     digest = hashlib.sha256()
     for file in [*sorted(cuda.glob("*.h*")), *(folder / "cuda/std/__cccl/version.h" for folder in cccl)]:
         digest.update(file.read_bytes())
-    return major.value, minor.value, nvrtc.path.stat().st_size, digest.hexdigest()
+    return digest.hexdigest()
 
 
 def _compile(name: str, sources: dict[str, str], entry: str, command: Sequence[str]) -> tuple[bytes, Report]:

@@ -13,7 +13,7 @@
 //
 // Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES (of K and of V), BF16, BANDED (causal, window), SCORED (scaled
 // before the softmax), O_APART (O has a tile of its own; else it leaves through V's, and the next V waits),
-// Q_IN_REGISTERS (so many times 16 columns), UNROLL (steps in a row), the switches; TRACE (trace.cuh).
+// Q_IN_REGISTERS (so many times 16 columns), the switches; TRACE (trace.cuh).
 #include "rows.cuh"
 #include "trace.cuh"
 #include "wgmma.cuh"
@@ -91,10 +91,9 @@ struct Consumer : Rows {
         int j = w.end - 1;
         first(j--);
         skip_V();
-        for (const int end = end_whole(); j >= end; --j) step<true>(j);
-#pragma unroll UNROLL
+        for (const int end = end_whole(); BANDED && j >= end; --j) step<true>(j);
         for (const int first = first_whole(); j >= first; --j) step<false>(j);
-        for (; j >= w.first; --j) step<true>(j);
+        for (; BANDED && j >= w.first; --j) step<true>(j);
         trace.enter(FOR_V), V.wait();
         weigh();
     }

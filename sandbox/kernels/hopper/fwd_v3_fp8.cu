@@ -120,7 +120,6 @@ struct Consumer : Rows {
         first(j--);
         skip_V();
         for (const int end = end_whole(); j >= end; --j) step<true>(j);
-#pragma unroll UNROLL
         for (const int first = first_whole(); j >= first; --j) step<false>(j);
         for (; j >= w.first; --j) step<true>(j);
         trace.enter(FOR_V), V.wait();

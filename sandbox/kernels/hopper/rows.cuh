@@ -60,13 +60,15 @@ struct Rows {
         return max(w.first, seen / Bc);
     }
 
-    // S scaled, and capped.
+    // S scaled, and capped: by c·tanh(S/c).
     DEVICE void score(float (&rS)[Bc / 2], float scale) const {
+        const bool capped = shape.softcap > 0;
+        const float by = capped ? fmaxf(LOWEST, fminf(scale / shape.softcap, -LOWEST)) : scale;  // finite: 0 stays 0
 #pragma unroll
-        for (int e = 0; e < Bc / 2; ++e) {
-            rS[e] *= scale;
-            if (shape.softcap > 0) rS[e] = shape.softcap * tanh_fast(rS[e] / shape.softcap);
-        }
+        for (int e = 0; e < Bc / 2; ++e) rS[e] *= by;
+        if (capped)
+#pragma unroll
+            for (int e = 0; e < Bc / 2; ++e) rS[e] = shape.softcap * tanh_fast(rS[e]);
     }
 
     DEVICE void mask(float (&rS)[Bc / 2], int j) const {
