@@ -285,9 +285,10 @@ def test_a_read_only_folder(saxpy, cache):
 # ---- where the libraries are ----------------------------------------------------------------------------------------
 
 
-def test_importing_loads_nothing():
+def test_importing_loads_nothing_and_a_hopper_kernel_no_numba():
     code = (
-        "import sys, sandbox; from sandbox import nvrtc; maps = open('/proc/self/maps').read();"
+        "import sys, sandbox; from sandbox import catalog, nvrtc; catalog.forward('v3'), catalog.forward('fwd_v3_fp8');"
+        "maps = open('/proc/self/maps').read();"
         "print('libnvrtc.so' in maps, 'libnvrtc-builtins' in maps, 'numba' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
