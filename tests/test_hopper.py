@@ -55,6 +55,13 @@ def test_sizes_at_the_edges(N_q, N_k):
 
 
 @runs
+@pytest.mark.parametrize("softcap", [1e-30, 0.7, 1000.0])
+def test_low_and_high_caps(softcap):
+    """tanh must be exact relative to itself: far below a high cap scores are what they were."""
+    check(Problem(1, 2, 1, 150, 70, 64, "fp16", softcap=softcap), seed=4)
+
+
+@runs
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 def test_live_non_finite_inputs_give_what_the_oracle_gives(which, value):
@@ -236,19 +243,20 @@ def test_there_is_a_tile_for_every_head_dim(d, causal):
 
 # ---- the binary for sm_90a, with or without a GPU -------------------------------------------------------------------
 
+KINDS = ("plain", "scored", "capped")  # scores are scaled before the softmax, or capped too
 INSTRUCTIONS = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "MUFU.EX2", "STSM")
 
 
-@pytest.mark.parametrize("scored", [False, True], ids=["plain", "scored"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
     "d, N", [(64, 1024), (64, 4096), (96, 4096), (128, 1024), (128, 4096), (192, 4096), (256, 4096)]
 )
-def test_keeps_its_registers(d, N, causal, scored):
+def test_keeps_its_registers(d, N, causal, kind):
     """Spills, a stack, serialised products and an ignored setmaxnreg are errors of nvrtc.compile."""
-    problem = Problem(1, 1, 1, N, N, d, "bf16", mask=Mask(causal))
+    problem = Problem(1, 1, 1, N, N, d, "bf16", mask=Mask(causal), softcap=15.0 * (kind == "capped"))
     tile = choose_tile(problem, HOPPER, VARIANT)
-    launch = fwd_v3.made(problem, tile, fwd_v3.chosen(problem, tile, HOPPER))[scored]
+    launch = fwd_v3.made(problem, tile, fwd_v3.chosen(problem, tile, HOPPER))[kind == "scored"]
     assert launch.binary().report.registers == 65_536 // launch.threads // 8 * 8
 
 
@@ -295,24 +303,24 @@ def test_its_products_follow_one_another(d, N, causal, specialized, tmp_path):
     products = [n for n, line in enumerate(lines) if "HGMMA" in line]
     between = [lines[a:b] for a, b in zip(products, products[1:]) if b - a < 20]
     moved = sum(any("R2UR" in line for line in some) for some in between)
-    assert len(between) > 20 and moved <= (0 if specialized else len(between) // 5), f"{moved} of {len(between)}"
+    assert len(between) >= 12 and moved <= (0 if specialized else len(between) // 5), f"{moved} of {len(between)}"
 
 
 EIGHT_BITS = ("QGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "MUFU.EX2", "F2FP.SATFINITE.E4M3.F32")
 OF_8_BITS = [(64, 1024), (64, 2048), (64, 4096), (128, 1024), (128, 4096), (256, 4096)]  # each has a tile of its own
 
 
-@pytest.mark.parametrize("scored", [False, True], ids=["plain", "scored"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("d, N, turned", [
     *((d, N, {"scales": scales}) for d, N in OF_8_BITS for scales in ("block", "head")),
     (64, 4096, {"two_level": True}), (128, 4096, {"two_level": True}),
 ], ids=str)  # fmt: skip
-def test_in_8_bits_it_keeps_its_registers(d, N, turned, causal, scored, tmp_path):
-    problem = Problem(1, 1, 1, N, N, d, "bf16", mask=Mask(causal))
+def test_in_8_bits_it_keeps_its_registers(d, N, turned, causal, kind, tmp_path):
+    problem = Problem(1, 1, 1, N, N, d, "bf16", mask=Mask(causal), softcap=15.0 * (kind == "capped"))
     tile = fwd_v3_fp8.usual(problem, HOPPER, **turned)
     switches = fwd_v3_fp8.chosen(problem, tile, HOPPER, **turned)
-    launch = fwd_v3_fp8.made(problem, tile, switches)[scored]
+    launch = fwd_v3_fp8.made(problem, tile, switches)[kind == "scored"]
     assert launch.binary().report.registers == 65_536 // launch.threads // 8 * 8
     if nvdisasm() is not None:
         text = disassembled(launch.binary().cubin, tmp_path)

@@ -592,8 +592,6 @@ inline float log2_approx(float x) { return log2f(x); }
 
 inline float __fdividef(float x, float y) { return x / y; }
 
-inline float tanh_fast(float x) { return tanhf(x); }
-
 template <bool Bf16>
 u32 pack(float low, float high) {
     return emulated::bits_of(low, Bf16) | u32(emulated::bits_of(high, Bf16)) << 16;

@@ -40,6 +40,9 @@ def accumulators(d: int, tile: Tile, switches: "Switches") -> int:
     return 3 * tile.Bc // 4 + d // 2 + 4 * switches.q_in_registers
 
 
+CAP = 36  # more, where scores are capped
+
+
 @dataclass(frozen=True)
 class Switches:
     """What can be turned, one by one: that is how the ablations are built.
@@ -81,7 +84,7 @@ def chosen(problem, tile, device, **turned) -> Switches:
     else:
         found = Switches(ping_pong=False, q_in_registers=d // 16 if banded and d <= 128 and tile.Br == 128 else 0)
     there = ACCUMULATORS[turned.get("warp_specialized", True)][tile.Br // WARPGROUP_ROWS]
-    room = there - accumulators(d, tile, replace(found, q_in_registers=0))
+    room = there - accumulators(d, tile, replace(found, q_in_registers=0)) - CAP * (problem.softcap > 0)
     found = replace(found, q_in_registers=max(0, min(found.q_in_registers, room // 4)))
     choices = [replace(found, stages=n, o_apart=apart) for apart in (True, False) for n in (4, 3, 2)]
     fits = (s for s in choices if shared_bytes(d, tile, s) <= device.shared)
@@ -104,7 +107,7 @@ def fit(problem, tile, device, **turned):
     if (need := shared_bytes(problem.d, tile, switches)) > device.shared:
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
     there = ACCUMULATORS[switches.warp_specialized][tile.Br // WARPGROUP_ROWS]
-    if (need := accumulators(d, tile, switches)) > there:
+    if (need := accumulators(d, tile, switches) + CAP * (problem.softcap > 0)) > there:
         raise Infeasible(tile, f"needs {need} registers a thread for its tiles, there are {there}")
     if not switches.o_apart and switches.stages * tile.Bc < tile.Br:
         raise Infeasible(tile, f"O leaves through V's tiles, which hold {switches.stages * tile.Bc} rows")
@@ -113,7 +116,9 @@ def fit(problem, tile, device, **turned):
 def usual(problem, device) -> Tile:
     """The fastest tile of sweeps on an H200 and an H100, d 64, 96, 128 and 256, N from 1k to 16k."""
     d, banded, short = padded(problem.d), problem.mask.banded, problem.N_k <= 1536
-    if d <= 64:
+    if problem.softcap > 0:
+        tile = Tile(128, 128 if d <= 128 else 96 if d <= 192 else 64)
+    elif d <= 64:
         tile = Tile(256, 64) if short else Tile(192, 128)
     elif d <= 128:
         long = Tile(192, 96) if d <= 96 else Tile(192, 80)
@@ -125,14 +130,16 @@ def usual(problem, device) -> Tile:
 
 
 def made(problem, tile, switches: Switches, marks: int = 0):
-    """[plain, scored]: the kernels of this kind of problem.  Scored: scores are scaled before the softmax.
+    """[plain, scored]: the kernels of this kind of problem.  Scored: scores are scaled before the softmax, which capped
+    ones always are.
 
     marks  that each warpgroup leaves, at most (trace.cuh)
     """
     on = {name.upper(): int(value) for name, value in asdict(switches).items() if name != "persistent"}
     defines = {
         "HEAD_DIM": padded(problem.d), "WARPGROUPS": tile.Br // WARPGROUP_ROWS, "TILE_BC": tile.Bc,
-        "BF16": int(problem.dtype == "bf16"), "BANDED": int(problem.mask.banded), **on,
+        "BF16": int(problem.dtype == "bf16"), "BANDED": int(problem.mask.banded), "CAPPED": int(problem.softcap > 0),
+        **on,
     }  # fmt: skip
     if marks:
         defines["TRACE"] = marks
@@ -143,7 +150,8 @@ def made(problem, tile, switches: Switches, marks: int = 0):
         Panels("O", WARPGROUP_ROWS, written=True), Output("LSE"), Counter(), Output("marks"), Shape,
     )  # fmt: skip
     return [
-        HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}, parameters) for scored in (0, 1)
+        HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}, parameters)
+        for scored in (defines["CAPPED"], 1)
     ]
 
 
@@ -164,7 +172,7 @@ def build(problem, tile, device, marks=None, **turned):
             blocks = min(device.sms, blocks)
         if marks is not None and blocks > len(marks):
             raise ValueError(f"marks has room for {len(marks)} blocks: {blocks} are launched")
-        run = scored if problem.softcap > 0 or problem.scale <= 0 else plain
+        run = scored if problem.scale <= 0 else plain
         run(blocks, Q, K, V, O, LSE, marks, shape)
 
     return launch

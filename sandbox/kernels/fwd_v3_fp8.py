@@ -147,11 +147,12 @@ def tile_for(problem, device, x: Quantized) -> Tile:
 
 
 def made(problem, tile, switches: Switches, marks: int = 0):
-    """[plain, scored]: the kernels of this kind of problem.  Scored: scores are scaled before the softmax."""
+    """[plain, scored]: the kernels of this kind of problem, as fwd_v3's."""
     on = {name.upper(): int(value) for name, value in asdict(switches).items() if name not in HOST}
     defines = {
         "HEAD_DIM": problem.d, "WARPGROUPS": tile.Br // WARPGROUP_ROWS, "TILE_BC": tile.Bc,
-        "BF16": int(problem.dtype == "bf16"), "BLOCKED": int(switches.scales == "block"), "WARP_SPECIALIZED": 1, **on,
+        "BF16": int(problem.dtype == "bf16"), "BLOCKED": int(switches.scales == "block"), "WARP_SPECIALIZED": 1,
+        "CAPPED": int(problem.softcap > 0), **on,
     }  # fmt: skip
     if marks:
         defines["TRACE"] = marks
@@ -162,7 +163,7 @@ def made(problem, tile, switches: Switches, marks: int = 0):
         Panels("O", WARPGROUP_ROWS, written=True), Output("LSE"), Counter(), Output("marks"), Scales, Shape,
     )  # fmt: skip
     made = []
-    for scored in (0, 1):  # without a mask the latter takes one that hides nothing: ptxas spills where there is none
+    for scored in (defines["CAPPED"], 1):  # without a mask the latter takes one that hides nothing: ptxas spills where there is none
         more = {"SCORED": scored, "BANDED": int(problem.mask.banded or scored)}
         made.append(HopperLaunch(FILE, "fwd_v3_fp8", threads, bytes, defines | more, parameters))
     return made
@@ -202,7 +203,7 @@ class Launch:
             blocks = min(self.device.sms, blocks)
         if self.marks is not None and blocks > len(self.marks):
             raise ValueError(f"marks has room for {len(self.marks)} blocks: {blocks} are launched")
-        run = self.scored if problem.softcap > 0 or problem.scale <= 0 else self.plain
+        run = self.scored if problem.scale <= 0 else self.plain
         run(blocks, x.q, x.k, x.v.transpose(1, 2), O, LSE, self.marks, scales, shape)
 
     def check(self, x: Quantized):

@@ -12,8 +12,8 @@
 //     LAZY              O is rescaled only where the maximum has grown a lot
 //
 // Compile-time, by -D: HEAD_DIM, WARPGROUPS, TILE_BC, STAGES (of K and of V), BF16, BANDED (causal, window), SCORED (scaled
-// before the softmax), O_APART (O has a tile of its own; else it leaves through V's, and the next V waits),
-// Q_IN_REGISTERS (so many times 16 columns), the switches; TRACE (trace.cuh).
+// before the softmax), CAPPED (and capped), O_APART (O has a tile of its own; else it leaves through V's, and the next V
+// waits), Q_IN_REGISTERS (so many times 16 columns), the switches; TRACE (trace.cuh).
 #include "rows.cuh"
 #include "trace.cuh"
 #include "wgmma.cuh"

@@ -212,9 +212,6 @@ DEVICE float log2_approx(float x) {  // off by 2⁻²² of the larger of 1 and l
     return y;
 }
 
-// tanh x = 1 - 2 / (1 + e^2x), off by some 2⁻²³: 16-bit inputs know their scores less well.
-DEVICE float tanh_fast(float x) { return 1.f - __fdividef(2.f, 1.f + exp2_approx(x * 2.8853900817779268f)); }
-
 // Two numbers in the 16-bit format of the inputs, the first in the lower half.
 template <bool Bf16>
 DEVICE u32 pack(float low, float high) {

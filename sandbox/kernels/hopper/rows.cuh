@@ -12,6 +12,16 @@ constexpr int TAKEN = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : d * BYTES 
 constexpr int GIVEN = WARPGROUPS >= 3 ? 32 : d * BYTES <= 128 ? 40 : 24;  // and a producer keeps
 static_assert(!WARP_SPECIALIZED || GIVEN + WARPGROUPS * TAKEN <= THREADS / 128 * LAUNCHED, "more would wait for ever");
 
+// tanh x, off by 2⁻²² of 1.
+DEVICE float tanh_far(float x) { return 1.f - __fdividef(2.f, 1.f + exp2_approx(x * 2.8853900817779268f)); }
+
+// tanh x, off by 2⁻²² of itself: near 0 by a polynomial (fitted, off by 2⁻²⁶).
+DEVICE float tanh_fast(float x) {
+    const float s = x * x;
+    const float near = x + x * s * (-0.33333144f + s * (0.13325879f + s * (-0.053045493f + s * 0.017241491f)));
+    return fabsf(x) < .5f ? near : tanh_far(x);
+}
+
 struct Rows {
     static constexpr int FIRST_NAME = Turns<WARPGROUPS, PING_PONG>::FIRST_NAME + WARPGROUPS;  // of their named barriers
     Shared &s;
@@ -62,13 +72,12 @@ struct Rows {
 
     // S scaled, and capped: by c·tanh(S/c).
     DEVICE void score(float (&rS)[Bc / 2], float scale) const {
-        const bool capped = shape.softcap > 0;
-        const float by = capped ? fmaxf(LOWEST, fminf(scale / shape.softcap, -LOWEST)) : scale;  // finite: 0 stays 0
+        const float by = CAPPED ? fmaxf(LOWEST, fminf(scale / shape.softcap, -LOWEST)) : scale;  // finite: 0 stays 0
 #pragma unroll
         for (int e = 0; e < Bc / 2; ++e) rS[e] *= by;
-        if (capped)
+        if (CAPPED)
 #pragma unroll
-            for (int e = 0; e < Bc / 2; ++e) rS[e] = shape.softcap * tanh_fast(rS[e]);
+            for (int e = 0; e < Bc / 2; ++e) rS[e] = shape.softcap * (BYTES == 1 ? tanh_far(rS[e]) : tanh_fast(rS[e]));
     }
 
     DEVICE void mask(float (&rS)[Bc / 2], int j) const {
