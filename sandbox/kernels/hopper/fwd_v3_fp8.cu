@@ -119,9 +119,13 @@ struct Consumer : Rows {
         int j = w.end - 1;
         first(j--);
         skip_V();
-        for (const int end = end_whole(); j >= end; --j) step<true>(j);
-        for (const int first = first_whole(); j >= first; --j) step<false>(j);
-        for (; j >= w.first; --j) step<true>(j);
+        int end = end_whole();
+        const int first_of_whole = first_whole();
+        do {  // the same code for both kinds of cut ones, which takes long enough to compile
+            for (; BANDED && j >= end; --j) step<true>(j);
+            for (; j >= first_of_whole; --j) step<false>(j);
+            end = w.first;
+        } while (BANDED && j >= end);
         trace.enter(FOR_V), V.wait();
         weigh();
     }

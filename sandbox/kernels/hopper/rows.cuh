@@ -15,12 +15,14 @@ static_assert(!WARP_SPECIALIZED || GIVEN + WARPGROUPS * TAKEN <= THREADS / 128 *
 // tanh x, off by 2⁻²² of 1.
 DEVICE float tanh_far(float x) { return 1.f - __fdividef(2.f, 1.f + exp2_approx(x * 2.8853900817779268f)); }
 
-// tanh x, off by 2⁻²² of itself: near 0 by a polynomial (fitted, off by 2⁻²⁶).
-DEVICE float tanh_fast(float x) {
+// tanh x, off by 2⁻²² of itself; for |x| < 1/2: a polynomial, fitted.
+DEVICE float tanh_near_0(float x) {
     const float s = x * x;
-    const float near = x + x * s * (-0.33333144f + s * (0.13325879f + s * (-0.053045493f + s * 0.017241491f)));
-    return fabsf(x) < .5f ? near : tanh_far(x);
+    return x + x * s * (-0.33333144f + s * (0.13325879f + s * (-0.053045493f + s * 0.017241491f)));
 }
+
+// tanh x, off by 2⁻²² of itself.
+DEVICE float tanh_fast(float x) { return fabsf(x) < .5f ? tanh_near_0(x) : tanh_far(x); }
 
 struct Rows {
     static constexpr int FIRST_NAME = Turns<WARPGROUPS, PING_PONG>::FIRST_NAME + WARPGROUPS;  // of their named barriers
@@ -75,9 +77,17 @@ struct Rows {
         const float by = CAPPED ? fmaxf(LOWEST, fminf(scale / shape.softcap, -LOWEST)) : scale;  // finite: 0 stays 0
 #pragma unroll
         for (int e = 0; e < Bc / 2; ++e) rS[e] *= by;
-        if (CAPPED)
+        if (!CAPPED) return;
+        float most = 0.f;
+#pragma unroll
+        for (int e = 0; e < Bc / 2; ++e) most = fmaxf(most, fabsf(rS[e]));
+        if (BYTES == 1 || __any_sync(~0u, most >= .5f)) {
 #pragma unroll
             for (int e = 0; e < Bc / 2; ++e) rS[e] = shape.softcap * (BYTES == 1 ? tanh_far(rS[e]) : tanh_fast(rS[e]));
+        } else {  // most scores are far below their cap
+#pragma unroll
+            for (int e = 0; e < Bc / 2; ++e) rS[e] = shape.softcap * tanh_near_0(rS[e]);
+        }
     }
 
     DEVICE void mask(float (&rS)[Bc / 2], int j) const {
