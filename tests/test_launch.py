@@ -28,7 +28,7 @@ from sandbox.cubin import Report
 from sandbox.device import hopper
 from sandbox.device import launch as launches
 from sandbox.device.hopper import Counter, HopperLaunch, Output, Panels
-from sandbox.measure import overhead
+from sandbox.measure import first, overhead
 from sandbox.problem import Problem
 from sandbox.variant import SIMULATOR, Infeasible, Tile
 
@@ -454,12 +454,14 @@ def test_the_command(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(target, "torch_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(overhead, "SAMPLES", 2), monkeypatch.setattr(overhead, "CALLS", 1)
-    words = ["overhead", "fwd_v2", "--seqlen", "8", "--head-dim", "8", "--heads", "1", "--dtype", "fp32"]
+    monkeypatch.setattr(first, "PROCESSES", 1)
+    words = ["overhead", "fwd_v2", "--first", "--seqlen", "8", "--head-dim", "8", "--heads", "1", "--dtype", "fp32"]
     for _ in range(2):  # the second time the rows are replaced
         assert main([*words, "--out", str(tmp_path)]) == 0
     assert "launch fwd_v2" in capfd.readouterr().out
     rows = records.read(tmp_path / "overhead.jsonl")
-    assert [row["what"] for row in rows] == ["launch fwd_v2", "attention fwd_v2", overhead.SDPA]
+    of_process = [f"first attention fwd_v2, {how}" for how in ("compiled", "kept")]
+    assert [row["what"] for row in rows] == ["launch fwd_v2", "attention fwd_v2", overhead.SDPA, *of_process]
     assert all(0 < row["us_p20"] <= row["us"] <= row["us_p80"] and row["device"] == "simulator" for row in rows)
     assert rows[0] | {"B": 1, "H": 1, "N_q": 8, "d": 8, "dtype": "fp32", "causal": False} == rows[0]
 

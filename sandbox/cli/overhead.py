@@ -1,4 +1,4 @@
-"""overhead [NAME...]: what a launch, and a call of attention(), cost the host."""
+"""overhead [NAME...]: what a launch, a call of attention() and the first one of a process cost the host."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ SIZE = click.IntRange(1, 2**20)
 @click.option("--batch", "B", type=SIZE, default=1, show_default=True)
 @click.option("--causal/--no-causal", default=False, show_default=True)
 @click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="bf16", show_default=True)
+@click.option("--first", "of_process", is_flag=True, help="And a process's first call, compiled or kept on disk.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"), show_default=True)
 @click.option("--save", is_flag=True, help="Also into results/DEVICE/overhead.jsonl.")
 @PATH
-def COMMAND(names, N, d, H, B, causal, dtype, out, save, path):
+def COMMAND(names, N, d, H, B, causal, dtype, of_process, out, save, path):
     """Microseconds of the host for a launch of the forward kernels NAME (fwd_v3 and fwd_v2), and for attention().
 
     The problem is tiny, so that the GPU waits for the host and not the host for the GPU.
     """
     from .. import catalog, records, target
     from ..mask import Mask
-    from ..measure import overhead
+    from ..measure import first, overhead
     from ..problem import Problem
 
     variants = [catalog.forward(name) for name in names or NAMES]
@@ -40,6 +41,8 @@ def COMMAND(names, N, d, H, B, causal, dtype, out, save, path):
     device = target.device()
     rows = [row for variant in variants for row in overhead.measure(variant, problem, device)]
     rows.append(overhead.yardstick(problem))
+    if of_process:
+        rows += [row for variant in variants for row in first.measure(variant, problem)]
     for folder in [out, *([records.RESULTS / device.slug] if save else [])]:
         log = records.Log(folder, "overhead", overhead.KEY)
         for row in rows:

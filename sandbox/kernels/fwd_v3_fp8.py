@@ -163,7 +163,10 @@ def made(problem, tile, switches: Switches, marks: int = 0):
         Panels("O", WARPGROUP_ROWS, written=True), Output("LSE"), Counter(), Output("marks"), Scales, Shape,
     )  # fmt: skip
     made = []
-    for scored in (defines["CAPPED"], 1):  # without a mask the latter takes one that hides nothing: ptxas spills where there is none
+    for scored in (
+        defines["CAPPED"],
+        1,
+    ):  # without a mask the latter takes one that hides nothing: ptxas spills where there is none
         more = {"SCORED": scored, "BANDED": int(problem.mask.banded or scored)}
         made.append(HopperLaunch(FILE, "fwd_v3_fp8", threads, bytes, defines | more, parameters))
     return made

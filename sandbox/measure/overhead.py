@@ -8,7 +8,7 @@ full, and would measure the kernel.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -46,6 +46,11 @@ class Cost:
             if sample >= 0:
                 found.append((perf_counter() - begin) / CALLS * 1e6)
         wait()
+        return cls.median(found)
+
+    @classmethod
+    def median(cls, found: Sequence[float]) -> Cost:
+        """Of microseconds."""
         us_p20, us, us_p80 = torch.quantile(torch.tensor(found), torch.tensor([0.2, 0.5, 0.8])).tolist()
         return cls(us, us_p20, us_p80)
 
@@ -78,5 +83,9 @@ def yardstick(problem: Problem) -> dict:
 
 
 def _row(what: str, p: Problem, call: Callable[[], object]) -> dict:
+    return row_of(what, p, Cost.of(call, torch.cuda.synchronize))
+
+
+def row_of(what: str, p: Problem, cost: Cost) -> dict:
     sizes = {name: getattr(p, name) for name in ("dtype", "B", "H", "H_kv", "N_q", "N_k", "d")}
-    return {"what": what, **sizes, "causal": p.mask.causal, **vars(Cost.of(call, torch.cuda.synchronize))}
+    return {"what": what, **sizes, "causal": p.mask.causal, **vars(cost)}
