@@ -2,8 +2,8 @@
 
 The file and what it includes in quotes are read once, and NVRTC gets those very texts: nothing is compiled that the
 key does not cover.  The key also holds the entry, the defines, the options, which NVRTC there is, and which of CUDA's
-own headers, where one is included.  What ptxas only mentions in its log is an error here: spills, a stack, and what it calls a
-potential performance loss (a `setmaxnreg` that it ignored, `wgmma` that it serialised).
+own headers, where one is included.  What ptxas only mentions in its log is an error here: spills, a stack, and what it
+calls a potential performance loss (a `setmaxnreg` that it ignored, `wgmma` that it serialised).
 """
 
 from __future__ import annotations
