@@ -141,10 +141,10 @@ def pace(problem, tile, device) -> Pace:
     """Fitted to all tiles at 74 shapes on an H200, in bf16: d 32 to 256, N 512 to 16 Ki, 4 to 160 heads."""
     s, d, Br, Bc = chosen(problem, tile, device), problem.d, tile.Br, tile.Bc
     products, reads, scores = s.rows * Bc * d, Bc * d, s.rows * Bc
-    busy = 77 + 348 * s.pairs + (0.00346 * products + 0.0676 * reads + 0.191 * scores) / (1 + s.pairs)
+    busy = 63 + 392 * s.pairs + (0.00366 * products + 0.0635 * reads + 0.192 * scores) / (1 + s.pairs)
     blocks = (device.shared + 1024) // (shared_tiles(problem, tile, s).bytes + 1024)
-    edges, copies = 360 + 0.368 * Br * d + 3360 * s.pairs, 1.11 * 2 * lines(Bc, d, s.warps(Br))
-    return Pace(s.warps(Br), max(1, min(s.blocks, blocks)), busy, 250, edges, copies)
+    edges, copies = 630 + 0.343 * Br * d + 3060 * s.pairs, 1.12 * 2 * lines(Bc, d, s.warps(Br))
+    return Pace(s.warps(Br), max(1, min(s.blocks, blocks)), busy, 275, edges, copies)
 
 
 def build(problem, tile, device, **turned):
