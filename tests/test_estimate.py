@@ -1,5 +1,7 @@
 """The estimate by which kernels on the tensor cores choose their tile: its steps are those counted; what it obeys."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -57,6 +59,32 @@ def test_equal_blocks_come_in_waves():
     pace, one = Pace(4, 1, 100.0, 0.0, 0.0), np.full(1, 10)
     alone = pace.clocks(one, 1, HOPPER)
     assert pace.clocks(one, 132, HOPPER) == alone and pace.clocks(one, 133, HOPPER) == pytest.approx(2 * alone)
+
+
+@given(pace=paces, steps=st.lists(st.integers(0, 40), min_size=1, max_size=9), heads=st.integers(1, 9))
+def test_blocks_that_are_all_there_at_once_share_as_they_come(pace, steps, heads):
+    """The i-th goes to multiprocessor i mod sms; a step takes as long as so many as are left there make it."""
+    steps, device = np.array(sorted(steps, reverse=True)), replace(HOPPER, sms=heads * len(steps) // pace.blocks + 1)
+    blocks, slowest = sorted(np.repeat(steps, heads), reverse=True), 0.0
+    for first in range(device.sms):
+        left, clocks, done = blocks[first :: device.sms], 0.0, 0
+        while left:
+            clocks += (left[-1] - done) * pace.step(len(left))
+            done = left.pop()
+        slowest = max(slowest, clocks)
+    assert pace.clocks(steps, heads, device) == pytest.approx(slowest + pace.edges)
+
+
+def test_copies_of_all_blocks_pass_one_port():
+    pace = Pace(4, 2, 10.0, 0.0, 0.0, 1000.0)
+    assert pace.step(2) == pytest.approx(2 * pace.step(1), rel=1e-3)
+
+
+@pytest.mark.parametrize(("d", "asked"), [(16, 1), (48, 3), (64, 1), (96, 3), (112, 7), (128, 2), (256, 4)])
+def test_lines_that_copies_ask_for(d, asked):
+    """A row of d numbers has d / 64 lines; the lanes that share it are a power of 2 of 16 bytes each."""
+    assert estimate.lines(64, d, 4) == 64 * asked
+    assert estimate.lines(64, 128, 1) == 64 * 4  # four lanes share a row where there are 32 in all
 
 
 def test_registers_of_a_thread():

@@ -104,11 +104,11 @@ def test_it_answers_by_the_numbers(tmp_path):
     found = list(rows(lambda point: 0.0))
     n, ahead = len(tile_choice.SHAPES["fwd"]), len(tile_choice.SHAPES["bwd"])
     assert f"at {n} of {n} shapes, 0.0% slower in the mean." in tile_choice.answer(found)
-    found = list(rows(lambda point: 0.0301 if point.problem.d == 80 else 0.03))
-    off = {way: sum(d == 80 for d, *_ in shapes) for way, shapes in tile_choice.SHAPES.items()}
+    found = list(rows(lambda point: 0.0301 if point.problem.d == 144 else 0.03))
+    off = {way: sum(d == 144 for d, *_ in shapes) for way, shapes in tile_choice.SHAPES.items()}
     said = tile_choice.answer(found)
     assert f"at {n - off['fwd']} of {n} shapes" in said and f"at {ahead - off['bwd']} of {ahead} shapes" in said
-    assert "3.0% slower than" in said and "furthest at d=80" in said
+    assert "3.0% slower than" in said and "furthest at d=144" in said
     common.report(tile_choice.EXPERIMENT, found, tmp_path)
     assert (tmp_path / "tile_choice.png").stat().st_size > 10_000
     assert tile_choice.draw([row | {"gate": None, "behind": None} for row in found])

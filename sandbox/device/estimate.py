@@ -2,12 +2,14 @@
 
 A block keeps its rows (of Q forward, of K and V backward) and walks along the others, step by step.  In a step a warp
 is busy for some clocks, which the warps that share its quarter of a multiprocessor add up, and waits for others, which
-they hide.  The more a block keeps, the less often the others are read; the less, the more blocks there are to fill the
-multiprocessors with, and evenly.
+they hide; all copies of a multiprocessor pass its one port to L1, a line of 128 bytes at a time.  The more a block
+keeps, the less often the others are read; the less, the more blocks there are to fill the multiprocessors with, and
+evenly.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ from ..problem import Problem
 from ..variant import Device, Tile
 
 ALONE, LAST = 1.4, 0.6  # of a mean block, at the end of a grid of uneven ones: what runs alone, what others wait for
+TOGETHER = 0.22  # of what a warp is busy: how much later a block's barrier is for each other warp in the same quarter
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Pace:
     warps   of a block; blocks: that a multiprocessor has room for
     busy    that a warp is in a step; waits: that it waits in it, where nothing else is there to do
     edges   of a block: before its first step and after its last
+    copies  that a block's copies of a step keep the port busy
     """
 
     warps: int
@@ -32,11 +36,13 @@ class Pace:
     busy: float
     waits: float
     edges: float
+    copies: float = 0
 
     def step(self, blocks: int) -> float:
         """Clocks of a step, where so many blocks share a multiprocessor."""
-        quarter = -(-blocks * self.warps // 4)  # warps
-        return ((self.busy * quarter) ** 3 + (self.busy + self.waits) ** 3) ** (1 / 3)
+        quarter, own = -(-blocks * self.warps // 4), -(-self.warps // 4)  # warps
+        alone = self.busy * (1 + TOGETHER * (own - 1)) + self.waits
+        return math.hypot(self.busy * quarter, self.copies * blocks, alone)
 
     def clocks(self, steps: np.ndarray, heads: int, device: Device) -> float:
         """Of a grid whose blocks have so many steps in each head."""
@@ -44,6 +50,8 @@ class Pace:
         if blocks == 0:
             return 0.0
         together = max(1, min(self.blocks, -(-blocks // device.sms)))
+        if blocks <= device.sms * together:
+            return self.at_once(np.sort(np.repeat(steps, heads))[::-1], together, device) + self.edges
         if most == mean:
             waves, rest = divmod(blocks, device.sms * self.blocks)
             whole = waves * (most * self.step(self.blocks) + self.edges)
@@ -55,6 +63,14 @@ class Pace:
         short = min(1.0, device.sms * together / blocks) ** 0.75
         last = short * mean * (ALONE * (alone - each) + LAST * each) * (together > 1)
         return max(even + last, most * alone + self.edges)
+
+    def at_once(self, steps: np.ndarray, together: int, device: Device) -> float:
+        """Clocks of the busiest multiprocessor, where all blocks have room: each gets one, then each a second, and so
+        on, and those that stay longer have it to themselves."""
+        shares = np.zeros((together + 1) * device.sms, dtype=int)
+        shares[: len(steps)] = steps
+        left = -np.diff(shares.reshape(-1, device.sms), axis=0)  # steps that one, two, ... blocks make together
+        return float(max(left.T @ [self.step(n + 1) for n in range(together)]))
 
 
 def steps_along_keys(p: Problem, tile: Tile) -> np.ndarray:
@@ -75,3 +91,10 @@ def registers(warps: int, blocks: int) -> int:
     """That a thread may have where so many blocks of so many warps are to share a multiprocessor: a quarter of it has
     16,384, handed out eight a thread."""
     return min(255, 16_384 // (32 * -(-warps * blocks // 4)) // 8 * 8)
+
+
+def lines(rows: int, columns: int, warps: int) -> int:
+    """That the warps' copies of [rows, columns] ask for, where as many lanes as can share a row's lines of 128 bytes:
+    with d = 112 they are two, and each line is asked for in four pieces."""
+    chunks = columns // 8  # of 16 bytes
+    return rows * chunks // math.gcd(chunks, 8, 4 * warps)

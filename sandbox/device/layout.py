@@ -16,7 +16,7 @@ from itertools import product
 
 from ..problem import Problem
 from ..variant import Device, Infeasible, Tile, Unsupported
-from .estimate import Pace, steps_along_rows
+from .estimate import Pace, lines, steps_along_rows
 from .mma import Shared16
 
 TILES = (
@@ -212,7 +212,7 @@ def paces(name: str, other: str, problem: Problem, device: Device) -> dict[Tile,
 
 
 def pace(problem: Problem, tile: Tile, device: Device) -> Pace:
-    """Of one role.  Fitted to all tiles of bwd_v2_mma at 39 shapes on an H200, bf16: d 32 to 256, N 512 to 8 Ki, 4 to
+    """Of one role.  Fitted to all tiles of bwd_v2_mma at 48 shapes on an H200, bf16: d 32 to 256, N 512 to 8 Ki, 4 to
     100 heads."""
     a = chosen(problem, tile, device, roles=1)
     d, Br, Bc = a.wide, tile.Br, tile.Bc
@@ -220,8 +220,8 @@ def pace(problem: Problem, tile: Tile, device: Device) -> Pace:
     scores = 4 * (a.rows + a.queries) * d  # bytes of shared memory that it reads for Sᵀ and dPᵀ, then for dV and dK
     own = 4 * a.side * a.queries * a.columns + 4 * (a.side - 1) * a.rows * a.queries
     reads = a.warps * (parts * (scores + own) + 2 * Bc * (a.rows_dQ + a.columns_dQ)) + 2 * Bc * Br * min(2, a.side)
-    busy = 43 * a.barriers + 122 * parts + (0.0115 * Br * Bc * d + 0.0193 * reads + 0.257 * Br * d) / a.warps
-    return Pace(a.warps, a.blocks, busy, 0, 8000 + 0.72 * Bc * d)
+    busy = 32 * a.barriers + 153 * parts + (0.0103 * Br * Bc * d + 0.0191 * reads + 0.115 * Br * d) / a.warps
+    return Pace(a.warps, a.blocks, busy, 0, 4240 + 0.434 * Bc * d, 2.31 * 2 * lines(Br, d, a.warps))
 
 
 @dataclass(frozen=True)

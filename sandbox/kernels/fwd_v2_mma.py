@@ -13,7 +13,7 @@ from functools import cache, partial
 from numba import cuda, float32, int16, int32, uint32
 
 from ..device import Launch, device_function
-from ..device.estimate import Pace, registers, steps_along_keys
+from ..device.estimate import Pace, lines, registers, steps_along_keys
 from ..device.launch import addressable
 from ..device.mma import Shared16, Warps
 from ..device.ptx import commit_group, named_any, named_barrier, wait_group
@@ -123,27 +123,28 @@ def usual(problem, device) -> Tile:
 
 @cache
 def paces(problem, device) -> dict[Tile, Pace]:
-    """Of the tiles that fit, leave 60 registers a thread beside S and O, and give each quarter of a multiprocessor as
-    many warps; without the largest, which were the best at one shape of 61."""
+    """Of the tiles that fit, leave 60 registers a thread beside S and O, or 56 where a step has 32 keys, and give each
+    quarter of a multiprocessor as many warps; without the largest, which were the best at one shape of 74."""
     found = {}
     for tile in TILES:
         s = chosen(problem, tile, device)
         warps, need = s.warps(tile.Br), s.registers(problem.d, tile.Bc)
         with suppress(Infeasible):
             fit(problem, tile, device)
-            roomy = registers(warps, s.blocks) - need >= 60
+            roomy = registers(warps, s.blocks) - need >= (56 if tile.Bc == 32 else 60)
             if roomy and warps % 4 == 0 and tile.Br * tile.Bc <= (12_288 if problem.d < 64 else 24_576):
                 found[tile] = pace(problem, tile, device)
     return found
 
 
 def pace(problem, tile, device) -> Pace:
-    """Fitted to all tiles at 61 shapes on an H200, in bf16: d 32 to 256, N 512 to 16 Ki, 4 to 160 heads."""
+    """Fitted to all tiles at 74 shapes on an H200, in bf16: d 32 to 256, N 512 to 16 Ki, 4 to 160 heads."""
     s, d, Br, Bc = chosen(problem, tile, device), problem.d, tile.Br, tile.Bc
     products, reads, scores = s.rows * Bc * d, Bc * d, s.rows * Bc
-    busy = 65 + 388 * s.pairs + (0.00405 * products + 0.0842 * reads + 0.2 * scores) / (1 + s.pairs)
+    busy = 63 + 392 * s.pairs + (0.00366 * products + 0.0635 * reads + 0.192 * scores) / (1 + s.pairs)
     blocks = (device.shared + 1024) // (shared_tiles(problem, tile, s).bytes + 1024)
-    return Pace(s.warps(Br), max(1, min(s.blocks, blocks)), busy, 196, 0.326 * Br * d + 2400 * s.pairs)
+    edges, copies = 630 + 0.343 * Br * d + 3060 * s.pairs, 1.12 * 2 * lines(Bc, d, s.warps(Br))
+    return Pace(s.warps(Br), max(1, min(s.blocks, blocks)), busy, 275, edges, copies)
 
 
 def build(problem, tile, device, **turned):
