@@ -15,6 +15,7 @@ import torch
 from sass import disassembled, nvdisasm
 
 from sandbox import catalog, target
+from sandbox.device import sections
 from sandbox.kernels import bwd_v2_mma, bwd_v2_mma_deterministic
 from sandbox.mask import Mask
 from sandbox.measure import gate
@@ -103,7 +104,7 @@ def test_tiles_wider_than_a_head(d, variant):
 
 def test_heads_in_sections(monkeypatch):
     """Six heads of two batches and three groups, two at a time: every key block of every head is computed, once."""
-    monkeypatch.setattr(bwd_v2_mma, "L2_BYTES", 2 * 2 * 8 * 40 * 16)
+    monkeypatch.setattr(sections, "L2_BYTES", 2 * 2 * 8 * 40 * 16)
     check(Problem(2, 6, 3, 40, 40, 16, "fp16", mask=Mask(True)))
 
 

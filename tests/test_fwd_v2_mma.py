@@ -12,6 +12,7 @@ import torch
 from sass import disassembled, nvdisasm
 
 from sandbox import catalog, target
+from sandbox.device import sections
 from sandbox.kernels import fwd_v2_mma
 from sandbox.mask import Mask
 from sandbox.measure import gate
@@ -127,9 +128,25 @@ def test_small_scores_softcapped():
         check(Problem(1, 1, 1, 16, 16, 16, "fp16", scale, softcap=15.0))
 
 
+def test_sections_are_as_large_as_l2_lets_them_be_and_alike():
+    MB = 1 << 20
+    assert [sections.heads_a_section(heads, 4 * MB) for heads in (0, 1, 7, 8, 9, 12, 16, 17)] == [
+        0,
+        1,
+        7,
+        8,
+        5,
+        6,
+        8,
+        6,
+    ]
+    assert sections.heads_a_section(36, 4 * 2500 * 112) == 18
+    assert sections.heads_a_section(5, 0) == 5 and sections.heads_a_section(5, 33 * MB) == 1
+
+
 def test_heads_in_sections(monkeypatch):
     """Five heads of two batches, two at a time: every row block of every head is computed, once."""
-    monkeypatch.setattr(fwd_v2_mma, "L2_BYTES", 2 * 4 * 40 * 16)
+    monkeypatch.setattr(sections, "L2_BYTES", 2 * 4 * 40 * 16)
     check(Problem(2, 5, 5, 40, 40, 16, "fp16", mask=Mask(True)))
 
 

@@ -18,9 +18,9 @@ from ..problem import Problem
 from ..target import SIMULATED
 from . import launch as launches
 from .launch import addressable
+from .sections import heads_a_section
 
 HEADERS = Path(__file__).parents[1] / "kernels" / "hopper"  # of kernels elsewhere, too
-L2_BYTES = 32 << 20  # of K and V that are worked on at a time
 MOST_LAYOUTS = 1024  # of tensors, that a kernel keeps maps for
 
 
@@ -35,7 +35,7 @@ class Shape(ctypes.Structure):
 def shape_of(p: Problem, head_bytes: int) -> Shape:
     """head_bytes: of K and V of one head, as they are read; as many heads are worked on at a time as L2 holds."""
     lo, hi = p.mask.band(p.N_q, p.N_k)
-    section = p.group * max(1, L2_BYTES // head_bytes)
+    section = p.group * heads_a_section(p.B * p.H_kv, head_bytes)
     return Shape(p.N_q, p.N_k, p.H, p.group, lo, hi, p.B * p.H, section, p.scale, p.softcap)
 
 

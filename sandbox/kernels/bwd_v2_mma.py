@@ -32,10 +32,10 @@ from ..device.ptx import add_four, commit_group, copy_four, here, read_four, wai
 from ..device.rows import ALL, NONE, capped
 from ..device.rowsum import rowsum
 from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, quotient
+from ..device.sections import heads_a_section
 from ..device.tiles import shared_tile
 from ..variant import Variant
 
-L2_BYTES = 32 << 20  # of Q, dO and dQ that are worked on at a time
 NAMES = "bwd_v2_mma", "bwd_v2"
 fit, usual = partial(check, *NAMES), partial(usual_tile, *NAMES)
 
@@ -270,7 +270,7 @@ def build(problem, tile, device, **turned):
         run, unit = plain, problem.scale * float(LOG2_E)
         if problem.softcap > 0 or problem.scale <= 0:
             run, unit = scored, (problem.softcap or 1.0) * float(LOG2_E)
-        section = max(1, L2_BYTES // max(1, 8 * problem.N_q * d * problem.group))
+        section = heads_a_section(problem.B * problem.H_kv, 8 * problem.N_q * d * problem.group)
         L, D = scratch(heads, Tr * Br, like=Q), scratch(heads, Tr * Br, like=Q)
         dQ_acc, dO = zeros("dQ_acc", heads, Tr * Br * WIDE, like=Q), addressable(dO)
         run_rowsum(addressable(O), dO, LSE, L, D)

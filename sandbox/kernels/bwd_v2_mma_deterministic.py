@@ -19,10 +19,10 @@ from ..device.ptx import commit_group, copy_four, fma, here, wait_group
 from ..device.rows import ALL, NONE, Rows, capped
 from ..device.rowsum import rowsum
 from ..device.scalar import LOG2_E, NEG_INF, ONE, ZERO, exp2, quotient
+from ..device.sections import heads_a_section
 from ..device.tiles import shared_tile
 from ..variant import Variant
 
-L2_BYTES = 32 << 20  # of Q and dO, or of K and V, that are worked on at a time
 NAMES = "bwd_v2_mma_deterministic", "bwd_v2_deterministic"
 fit, usual = partial(check, *NAMES, roles=1), partial(usual_tile, *NAMES, roles=1)
 
@@ -307,9 +307,9 @@ def build(problem, tile, device, **turned):
         Q, K, V, dO = map(addressable, (Q, K, V, dO))
         run_rowsum(addressable(O), dO, LSE, L, D)
         shape = problem.scale, problem.softcap, unit, lo, hi
-        section = min(problem.B * problem.H_kv, max(1, L2_BYTES // max(1, 4 * problem.N_q * d * problem.group)))
+        section = heads_a_section(problem.B * problem.H_kv, 4 * problem.N_q * d * problem.group)
         run_dkdv(-(-problem.N_k // Bc) * problem.B * problem.H_kv, Q, K, V, dO, L, D, dK, dV, *shape, section)
-        section = min(heads, problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d)))
+        section = problem.group * heads_a_section(problem.B * problem.H_kv, 4 * problem.N_k * d)
         run_dq(-(-problem.N_q // Br_Q) * heads, Q, K, V, dO, L, D, dQ, *shape, section)
 
     return all_or_none(launch)

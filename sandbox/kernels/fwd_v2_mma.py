@@ -19,6 +19,7 @@ from ..device.mma import Shared16, Warps
 from ..device.ptx import commit_group, named_any, named_barrier, wait_group
 from ..device.rows import ALL, NONE, Rows, rescale
 from ..device.scalar import LN_2, LOG2_E, LOWEST, NEG_INF, ONE, ZERO, divide, log2, quotient
+from ..device.sections import heads_a_section
 from ..device.softmax import ALL_LANES
 from ..variant import Infeasible, Tile, Unsupported, Variant
 
@@ -27,7 +28,6 @@ TILES = (
     *(Tile(Br, Bc) for Br in (64, 128, 192, 256) for Bc in (32, 64, 96, 128)),
 )
 REGISTERS, BESIDE = 192, 40  # of a thread: for its tiles at most, and beside them
-L2_BYTES = 32 << 20  # of K and V that are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -315,10 +315,10 @@ def build(problem, tile, device, **turned):
         run, unit = plain, problem.scale * float(LOG2_E)
         if problem.softcap > 0 or problem.scale <= 0:
             run, unit = scored, float(LOG2_E)
-        section = problem.group * max(1, L2_BYTES // max(1, 4 * problem.N_k * d))
+        section = problem.group * heads_a_section(problem.B * problem.H_kv, 4 * problem.N_k * d)
         run(
             -(-problem.N_q // Br) * heads, addressable(Q), addressable(K), addressable(V), O, LSE,
-            problem.scale, problem.softcap, unit, max(lo, -most), min(hi, most), min(section, heads),
+            problem.scale, problem.softcap, unit, max(lo, -most), min(hi, most), section,
         )  # fmt: skip
 
     return launch
