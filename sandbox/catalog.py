@@ -171,7 +171,7 @@ def switches_of(words: Iterable[str], of: type) -> dict:
 
 def _unknown(name: str, names) -> ValueError:
     for file, reason in broken().items():
-        if file.stem == name or not names:  # none is left: one says why for all
+        if file.stem in (name, f"fwd_{name}") or not names:  # a generation's; none is left: one says why for all
             return Broken(file, reason)
     return ValueError(f"variant={name!r} is unknown: {nearest(name, names)}")
 
