@@ -15,7 +15,7 @@ from sandbox.choose import choose_tile
 from sandbox.device import quantize
 from sandbox.kernels import fwd_v3, fwd_v3_fp8
 from sandbox.mask import Mask
-from sandbox.measure import formulas, gate
+from sandbox.measure import formulas, gate, search
 from sandbox.measure.cases import parse_tile
 from sandbox.problem import Problem
 from sandbox.variant import HOPPER, SIMULATOR, Infeasible, Tile, Unsupported
@@ -223,6 +223,12 @@ def test_refused_with_the_reason(of, tile, device, error, told):
     problem = Problem(**dict(B=1, H=1, H_kv=1, N_q=9, N_k=9, d=64, dtype="fp16") | of)
     with pytest.raises(error, match=told):
         VARIANT.launcher(problem, tile, replace(HOPPER, **device))
+
+
+@pytest.mark.parametrize("module", [fwd_v3, fwd_v3_fp8])
+def test_a_failure_knows_the_file_of_a_kernel_with_switches_turned(module):
+    for variant in (module.VARIANT, module.turned(stages=2), module.traced(None, stages=2)):
+        assert search.file_of(variant) == module.__file__
 
 
 def test_gradients_are_refused_before_anything_is_launched():

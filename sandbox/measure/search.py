@@ -6,10 +6,12 @@ The spread comes first, then what hypothesis draws until the time is up.  A fail
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -86,8 +88,9 @@ def examine(variant: Variant, case: Case, device: Device, twice: bool = True) ->
 
 
 def file_of(variant: Variant) -> str:
-    """The file that the kernel was read from."""
-    return variant.build.__code__.co_filename
+    """The file that the kernel was read from: of `build`, a function or a class, with switches turned or not."""
+    build = variant.build
+    return inspect.getfile(build.func if isinstance(build, partial) else build)
 
 
 def _first_line(error: Exception) -> str:
