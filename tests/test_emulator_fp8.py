@@ -278,15 +278,12 @@ PARTS = "q", "k", "v", "q_scale", "k_scale", "v_scale"
 @pytest.mark.parametrize("scales", ["block", "head", "tensor"])
 @pytest.mark.parametrize("incoherent", [False, True], ids=["as they are", "rotated"])
 @pytest.mark.parametrize("d, dtype, sizes, blocks", QUANTIZED, ids=str)
-def test_scales_and_numbers_are_torch_s(monkeypatch, d, dtype, sizes, blocks, incoherent, scales):
-    launch, stored = emulator.launch, []
-    monkeypatch.setattr(emulator, "launch", lambda *a, **more: stored.append(launch(*a, **more)))
+def test_scales_and_numbers_are_torch_s(d, dtype, sizes, blocks, incoherent, scales):
     x = sides(d, dtype, *sizes)
     options = dict(blocks, scales=scales, incoherent=incoherent)
     expected, found = quantize(*x, **options), fused.quantize(*x, **options)
     for part in PARTS:
         assert same(getattr(found, part), getattr(expected, part)), part
-    assert stored[-1] == sum(getattr(found, part).numel() for part in "qkv")
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

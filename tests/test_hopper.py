@@ -340,8 +340,8 @@ def test_quantizing_spills_nothing(d, kv_block, step):
     q_rows, kv_rows = quantize.rows_of(64, kv_block)
     defines = {"HEAD_DIM": d, "Q_ROWS": q_rows, "KV_ROWS": kv_rows, "Q_BLOCK": 64, "KV_BLOCK": kv_block, "BF16": 1}
     defines |= {"INCOHERENT": 1, "STEP": getattr(quantize, step)}
-    threads = max(q_rows, kv_rows) * d // quantize.NUMBERS
-    assert quantize._launch(tuple(defines.items()), threads, 0).binary().report.registers * threads <= 65_536
+    launch = quantize.launch_of(defines)
+    assert launch.binary().report.registers * launch.threads * (quantize.THREADS // launch.threads) <= 65_536
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

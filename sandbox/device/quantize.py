@@ -14,27 +14,26 @@ import torch
 
 from ..problem import NAMES
 from ..quantize import E4M3, HADAMARD, KEYS, KV_BLOCK, Q_BLOCK, Quantized, check_inputs, scale_of, signs
-from .hopper import HEADERS, HopperLaunch
-from .launch import addressable
+from .hopper import HEADERS, HopperLaunch, Panels
 
 FILE = HEADERS / "quantize.cu"
 BLOCKS, AMAX, GIVEN, TRANSPOSE = range(4)  # quantize.cu: Step
-NUMBERS = 32  # of a row, that a thread takes
-MOST_LANES = HADAMARD[-1] // NUMBERS  # to a row
-ROWS, MOST_THREADS = 128, 1024  # of a thread block: rows at least, where that is whole blocks; and threads
+NUMBERS, LANES = 64, 4  # that a thread takes, of a row; threads to a row, at most
+ROWS, MOST_THREADS = 128, 512  # of a thread block: rows at least, where that is whole blocks; and threads
+THREADS = 768  # of a multiprocessor: so many have registers enough
+MOST_IN_A_BOX, PANEL_BYTES = 256, 128  # of the copy engine: rows, and bytes of each
 
 
 class Side(ctypes.Structure):
-    """Q, K or V on its way: quantize.cu."""
+    """Scales of Q, K or V: quantize.cu."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("source", "to", "scale")]
-    _fields_ += [(name, ctypes.c_longlong) for name in ("batch", "row", "head")]
+    _fields_ = [("scale", ctypes.c_void_p)]
     _fields_ += [(name, ctypes.c_int) for name in ("N", "H", "blocks", "tiles")]
 
 
 class Sides(ctypes.Structure):
     _fields_ = [("Q", Side), ("K", Side), ("V", Side), ("heads_q", ctypes.c_int), ("heads_kv", ctypes.c_int)]
-    _fields_ += [("flip", ctypes.c_uint32 * MOST_LANES)]
+    _fields_ += [("flip", ctypes.c_uint32 * (2 * LANES))]
 
 
 @torch.no_grad()
@@ -45,7 +44,6 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
     """
     check_inputs(q, k, v, scales, q_block, kv_block)
     _check_here(q, k, v)
-    q, k, v = (addressable(x) for x in (q, k, v))
     (B, N_q, H, d), (N_k, H_kv) = q.shape, k.shape[1:3]
     blocked = scales == "block"
     if blocked:
@@ -60,20 +58,17 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
     v8 = new(B, H_kv, d, -(-N_k // KEYS) * KEYS, dtype=E4M3)
     found = [q.new_zeros(B, heads, n, dtype=torch.float32) for heads, n in ((H, n_q), (H_kv, n_k), (H_kv, n_k))]
 
+    rows = (q_rows, kv_rows, kv_rows)
+    sides = [_side(x, scale, n) for x, scale, n in zip((q, k, v), found, rows)]
+    heads = (B * H, B * H_kv)
+
     def go(step):
         defines = {
             "HEAD_DIM": d, "Q_ROWS": q_rows, "KV_ROWS": kv_rows, "Q_BLOCK": q_block if blocked else q_rows,
             "KV_BLOCK": kv_block if blocked else kv_rows, "BF16": int(NAMES[q.dtype] == "bf16"),
             "INCOHERENT": int(incoherent), "STEP": step,
         }  # fmt: skip
-        sides = [_side(*one) for one in zip((q, k, v), (q8, k8, v8), found, (q_rows, kv_rows, kv_rows))]
-        flip = _flip(d, seed) if incoherent else NO_FLIP
-        tiles = B * (H * sides[0].tiles + H_kv * (sides[1].tiles + sides[2].tiles))
-        threads = max(q_rows, kv_rows) * d // NUMBERS
-        shared = kv_rows * (d + 8) + 2 * NUMBERS * threads + 4 * 16 + 2 * 4 * MOST_THREADS // 32
-        launch = _launch(tuple(defines.items()), threads, shared)
-        blocks = _multiprocessors(q) * (MOST_THREADS // threads)  # that stay; at d=64 that was slower
-        launch(tiles if d == 64 else min(tiles, blocks), Sides(*sides, B * H, B * H_kv, flip))
+        _go(defines, (q, k, v, q8, k8, v8), Sides(*sides, *heads, _flip(d, seed) if incoherent else NO_FLIP))
 
     if blocked:
         go(BLOCKS)
@@ -89,16 +84,49 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
 @torch.no_grad()
 def transpose_keys(v):
     """As sandbox.quantize.transpose_keys: V [B, N, H, d] in e4m3, d = 64, 128 or 256, to Vᵀ, in one pass."""
-    (B, N, H, d), v = v.shape, addressable(v)
+    B, N, H, d = v.shape
     defines = {
         "HEAD_DIM": d, "Q_ROWS": ROWS, "KV_ROWS": ROWS, "Q_BLOCK": ROWS, "KV_BLOCK": ROWS, "BF16": 0, "INCOHERENT": 0,
         "STEP": TRANSPOSE,
     }  # fmt: skip
     to, scale = v.new_empty(B, H, d, -(-N // KEYS) * KEYS), v.new_empty(0, 0, 0)
-    side = _side(v, to, scale, ROWS)
-    launch = _launch(tuple(defines.items()), ROWS * d // NUMBERS, ROWS * (d + 8))
-    launch(B * H * side.tiles, Sides(V=side, heads_kv=B * H))
+    _go(defines, (v, v, v, v, v, to), Sides(V=_side(v, scale, ROWS), heads_kv=B * H))
     return to
+
+
+def launch_of(defines: dict[str, int]) -> HopperLaunch:
+    """The kernel with this many rows to a thread block, and so on: quantize.cu says what its macros are."""
+    return _launch(tuple(defines.items()))
+
+
+@functools.cache
+def _launch(defines: tuple) -> HopperLaunch:
+    of = dict(defines)
+    d, q_rows, kv_rows, size = of["HEAD_DIM"], of["Q_ROWS"], of["KV_ROWS"], 1 if of["STEP"] == TRANSPOSE else 2
+    rows = max(q_rows, kv_rows)
+    shared = rows * d * (size + 1) + 2048  # what comes and what leaves; tiles, scales and to align them
+    read = [Panels(name, _box(n), _width(d * size)) for name, n in (("Q", q_rows), ("K", kv_rows), ("V", kv_rows))]
+    written = [Panels(name, _box(n), _width(d), written=True) for name, n in (("to_Q", q_rows), ("to_K", kv_rows))]
+    parameters = (*read, *written, Panels("to_V", d, _width(kv_rows), written=True), Sides)
+    return HopperLaunch(FILE, "quantize", rows * d // NUMBERS, shared, of, parameters)
+
+
+def _go(defines: dict[str, int], tensors: tuple, sides: Sides) -> None:
+    """On as many thread blocks as there is room for, which stay.  tensors: Q, K, V, and what becomes of them; V's is Vᵀ."""
+    tiles = sides.heads_q * sides.Q.tiles + sides.heads_kv * (sides.K.tiles + sides.V.tiles)
+    launch = launch_of(defines)
+    *five, V = (x if x.numel() else x.new_zeros(1, 1, KEYS, max(KEYS, x.shape[3])) for x in tensors)
+    blocks = _multiprocessors(V) * (THREADS // launch.threads)
+    launch(min(tiles, blocks), *five, V.transpose(1, 2), sides)
+
+
+def _box(rows: int) -> int:
+    return rows if rows <= MOST_IN_A_BOX else rows // 2
+
+
+def _width(bytes: int) -> int:
+    """Of a panel of rows of so many bytes: what the copy engine swizzles."""
+    return next(w for w in (PANEL_BYTES, 64, 32) if bytes % w == 0)
 
 
 def takes(q, k, v, scales: str, q_block: int, kv_block: int) -> bool:
@@ -125,32 +153,25 @@ def _check_block(name: str, block: int, d: int) -> None:
         raise ValueError(f"{name}={block}: expected a multiple of 32, up to {most} at d={d}")
 
 
-def _side(x, to, scale, rows) -> Side:
-    (N, H), (batch, row, head) = x.shape[1:3], x.stride()[:3]
-    pointers = (x.data_ptr(), to.data_ptr(), scale.data_ptr())
-    return Side(*pointers, batch, row, head, N, H, scale.shape[2], -(-N // rows))
+def _side(x, scale, rows) -> Side:
+    N, H = x.shape[1:3]
+    return Side(scale.data_ptr(), N, H, scale.shape[2], -(-N // rows))
 
 
 def _multiprocessors(x) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
-NO_FLIP = (ctypes.c_uint32 * MOST_LANES)()
+NO_FLIP = (ctypes.c_uint32 * (2 * LANES))()
 
 
 @functools.lru_cache(64)
 def _flip(d: int, seed: int) -> ctypes.Array:
-    """For each lane, bits 15 - e and 31 - e: whether the signs of the two columns of its word e change."""
-    negative = (signs(d, seed) < 0).view(4, -1, 4, 2)  # chunk of the lane, lane, word, half
-    words = negative.transpose(0, 1).flatten(1, 2).tolist()
-    return (ctypes.c_uint32 * MOST_LANES)(
-        *(sum(low << 15 - e | high << 31 - e for e, (low, high) in enumerate(lane)) for lane in words)
+    """For each 32 columns, bits 15 - e and 31 - e: whether the signs of the two of pair e change."""
+    pairs = (signs(d, seed) < 0).view(-1, 16, 2).tolist()
+    return (ctypes.c_uint32 * (2 * LANES))(
+        *(sum(low << 15 - e | high << 31 - e for e, (low, high) in enumerate(word)) for word in pairs)
     )
-
-
-@functools.cache
-def _launch(defines, threads: int, shared: int) -> HopperLaunch:
-    return HopperLaunch(FILE, "quantize", threads, shared, dict(defines), (Sides,))
 
 
 def _check_here(q, k, v) -> None:

@@ -80,7 +80,6 @@ struct Thread {
     std::vector<Wgmma> batch;                                // not yet committed
     std::deque<std::vector<Wgmma>> batches;                  // committed, not yet carried out
     std::vector<std::function<void()>> out, out_committed;   // copies out
-    std::vector<std::function<void()>> asked;                // 16 bytes each, for shared memory
 };
 
 struct Barrier {
@@ -232,13 +231,6 @@ inline u32 swizzled(u32 address, u32 width) { return address ^ (address >> 7 & (
 inline unsigned char *at(u32 address, u32 bytes) {
     if (address + bytes > block->shared_bytes) fail("address " + std::to_string(address) + " is past shared memory");
     return dynamic + address;
-}
-
-// Shared memory at p, for a load or a store of so many bytes; null where p is global memory.
-inline unsigned char *own(const void *p, u32 bytes) {
-    if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes that is not aligned");
-    const auto *byte = static_cast<const unsigned char *>(p);
-    return byte >= dynamic && byte < dynamic + sizeof dynamic ? at(u32(byte - dynamic), bytes) : nullptr;
 }
 
 constexpr int bytes_of(int type) { return type == E4M3 ? 1 : 2; }
@@ -539,33 +531,17 @@ inline float load(const float *from) { return *static_cast<const volatile float 
 
 inline void store(float *to, float x) { *to = x, ++emulated::stored; }
 
-inline void load_16_bytes(const void *from, u32 (&to)[4]) { emulated::own(from, 16), std::memcpy(to, from, 16); }
-
-struct uint4 {
-    u32 x, y, z, w;
-};
-
-inline void ask_16_bytes(void *to, const void *from, bool there) {
-    if (!emulated::own(to, 16)) emulated::fail("16 bytes asked for into global memory");
-    std::memset(to, 0xFF, 16);  // on their way
-    emulated::block->current->asked.push_back([=] {
-        if (there) std::memcpy(to, from, 16);
-        else std::memset(to, 0, 16);
-    });
+inline void load_16_bytes(u32 address, u32 (&to)[4]) {
+    if (address % 16) emulated::fail("a load of 16 bytes that is not aligned");
+    std::memcpy(to, emulated::at(address, 16), 16);
 }
-inline void asked_is_here() {
-    for (auto &arrive : emulated::block->current->asked) arrive();
-    emulated::block->current->asked.clear();
+inline void store_4_bytes(u32 address, u32 x) {
+    if (address % 4) emulated::fail("a store of 4 bytes that is not aligned");
+    emulated::block->current->stores.push_back({address, x});
 }
-
-// Numbers of a byte; in shared memory they are not counted, and copies and products do not get to see them.
-inline void store_16_bytes(void *to, const u32 (&x)[4]) {
-    if (!emulated::own(to, 16)) emulated::stored += 16;
-    std::memcpy(to, x, 16);
-}
-inline void store_8_bytes(void *to, const u32 (&x)[2]) {
-    if (!emulated::own(to, 8)) emulated::stored += 8;
-    std::memcpy(to, x, 8);
+inline void store_16_bytes(u32 address, const u32 (&x)[4]) {
+    if (address % 16) emulated::fail("a store of 16 bytes that is not aligned");
+    for (int n = 0; n < 4; ++n) store_4_bytes(address + 4 * n, x[n]);
 }
 
 inline void raise(int *to, int x) { *to = max(*to, x); }
@@ -607,10 +583,16 @@ inline u32 pack_e4m3(float a, float b, float c, float d) {
     return bits(a) | bits(b) << 8 | bits(c) << 16 | bits(d) << 24;
 }
 
-inline void load_matrices(u32 address, u32 *to) {
+template <bool Transposed = false>
+void load_matrices(u32 address, u32 *to) {
     const u32 lane = threadIdx.x % 32;
     const u64 *addresses = emulated::meet(emulated::warp(), 32, address);
-    for (int i = 0; i < 4; ++i) std::memcpy(to + i, emulated::at(u32(addresses[8 * i + lane / 4]) + lane % 4 * 4, 4), 4);
+    for (int i = 0; i < 4; ++i)
+        for (u32 e = 0; e < 2; ++e) {  // a lane has two neighbours of row lane / 4, or of that column
+            const u32 row = Transposed ? lane % 4 * 2 + e : lane / 4, column = Transposed ? lane / 4 : lane % 4 * 2 + e;
+            std::memcpy(reinterpret_cast<unsigned char *>(to + i) + 2 * e,
+                        emulated::at(u32(addresses[8 * i + row]) + 2 * column, 2), 2);
+        }
 }
 
 inline void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {

@@ -169,24 +169,20 @@ DEVICE float load(const float *from) {
 // One number to global memory.
 DEVICE void store(float *to, float x) { *to = x; }
 
-DEVICE void load_16_bytes(const void *from, u32 (&to)[4]) {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+// Shared memory, 16 bytes or 4 at a time.
+DEVICE void load_16_bytes(u32 address, u32 (&to)[4]) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "l"(from));
-}
-
-// Asks for 16 bytes of global memory, to be in shared memory once asked_is_here; if they are not there, for zeros.
-DEVICE void ask_16_bytes(void *to, const void *from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(there ? 16 : 0)
+                 : "r"(address)
                  : "memory");
 }
 
-// Of what this thread has asked for, all.
-DEVICE void asked_is_here() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE void store_16_bytes(u32 address, const u32 (&x)[4]) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
 
-DEVICE void store_16_bytes(void *to, const u32 (&x)[4]) { *static_cast<uint4 *>(to) = {x[0], x[1], x[2], x[3]}; }
-DEVICE void store_8_bytes(void *to, const u32 (&x)[2]) { *static_cast<uint2 *>(to) = {x[0], x[1]}; }
+DEVICE void store_4_bytes(u32 address, u32 x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
 
 // *to becomes x where that is larger.
 DEVICE void raise(int *to, int x) { atomicMax(to, x); }
@@ -244,12 +240,19 @@ DEVICE u32 pack_e4m3(float a, float b, float c, float d) {
     return four;
 }
 
-// Four 8x8 tiles of 16-bit numbers; lane l gives the address of row l % 8 of tile l / 8.
+// Four 8x8 tiles of 16-bit numbers, or their transposes; lane l gives the address of row l % 8 of tile l / 8.
+template <bool Transposed = false>
 DEVICE void load_matrices(u32 address, u32 *to) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address)
-                 : "memory");
+    if constexpr (Transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "r"(address)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "r"(address)
+                     : "memory");
 }
 
 DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {

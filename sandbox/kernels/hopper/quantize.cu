@@ -1,8 +1,9 @@
 // Q, K, V from 16 bits to e4m3 in one pass: read once, rotated, scaled, V transposed.  [FA3, 2407.08608, §3.3]
 //
 // sandbox/quantize.py is the same in torch, bit for bit, and says what and why.  A thread block takes some rows of a head
-// of Q, K or V at a time, a thread 32 numbers of a row: four chunks of 8, as far apart as there are lanes to a row.  While
-// it works on them, those of the next ones are on their way to shared memory, each thread's to a place of its own.
+// of Q, K or V at a time, a thread 64 numbers: of Q and K 64 columns of a row, of V pairs of keys, which ldmatrix turns on
+// their way.  Tiles come and go by the copy engine: while one is worked on in registers, the next one is under way to where
+// it was, and what became of the one before is on its way out.
 //
 // Compile-time, by -D: HEAD_DIM, Q_ROWS and KV_ROWS (of a thread block), Q_BLOCK and KV_BLOCK (that share a scale, and
 // divide them), BF16, INCOHERENT (Q and K are rotated), STEP:
@@ -13,31 +14,37 @@
 //     TRANSPOSE  no scales: V, which is in e4m3, to Vᵀ
 #include "ptx.cuh"
 
-constexpr int d = HEAD_DIM, LANES = d / 32;  // to a row
-constexpr int THREADS = LANES * (Q_ROWS > KV_ROWS ? Q_ROWS : KV_ROWS);  // where there are fewer rows, some have none
 enum Step { BLOCKS, AMAX, GIVEN, TRANSPOSE };
+constexpr int d = HEAD_DIM, NUMBERS = 64, LANES = d / NUMBERS;  // of a thread; to a row
+constexpr int ROWS = Q_ROWS > KV_ROWS ? Q_ROWS : KV_ROWS;       // where there are fewer, some warps have none
+constexpr int ROWS_A_WARP = 32 / LANES, THREADS = ROWS * LANES;
+constexpr int BYTES = STEP == TRANSPOSE ? 1 : 2;  // of a number that comes
+constexpr int MOST_IN_A_BOX = 256;                // rows
 
-// [B, N, H, d] in 16 bits, 8 to be transposed, any strides; e4m3, [B, N, H, d] or Vᵀ [B, H, d, N_pad]; fp32 [B, H, blocks].
+// Tiles are rows of panels, each as wide as its swizzle: of what comes, what leaves, and what leaves as Vᵀ; in bytes.
+constexpr int WIDTH = d * BYTES == 64 ? 64 : 128, WIDE = d == 64 ? 64 : 128;
+constexpr int DEEP = KV_ROWS % 128 == 0 ? 128 : KV_ROWS % 64 == 0 ? 64 : 32;
+
+constexpr int INFINITE = 0x7F800000;  // as an integer; NaN is more
+
+// [B, H, blocks] scales of Q, K or V [B, N, H, d], and thread blocks to a head.
 struct Side {
-    const void *from;
-    void *to;
     float *scale;
-    long long batch, row, head;  // strides, in numbers
-    int N, H, blocks, tiles;     // scales, and thread blocks, to a head
+    int N, H, blocks, tiles;
 };
 
 struct Sides {
     Side Q, K, V;
     int heads_q, heads_kv;  // of all batches
-    u32 flip[8];            // which signs change, of a lane's columns
+    u32 flip[8];            // which signs change, of a lane's columns: two words each
 };
 
-constexpr int INFINITE = 0x7F800000;  // as an integer; NaN is more
-
-DEVICE int column(int s, int lane) { return 8 * (s * LANES + lane); }
+struct Maps {
+    const TensorMap &Q, &K, &V, &to_Q, &to_K, &to_V;
+};
 
 // The rows of a thread block at a time: of Q, K or V (0, 1, 2), of which batch and head, from i0 on.
-struct alignas(16) Tile {
+struct Tile {
     int of, b, h, i0;
 
     DEVICE const Side &side(const Sides &sides) const { return of == 0 ? sides.Q : of == 1 ? sides.K : sides.V; }
@@ -59,104 +66,14 @@ DEVICE Tile tile_at(const Sides &sides, int index) {
     return tile;
 }
 
-// Where a thread's numbers of the next tile arrive, in 16 bits, two to a word.
-struct Next {
-    uint4 (*chunks)[THREADS];
+// Where byte b of row r of a panel lies.
+template <int Width>
+DEVICE u32 swizzled(int r, int b) {
+    const u32 at = r * Width + b;
+    return at ^ (at >> 3 & (Width - 16));
+}
 
-    DEVICE void ask(const Sides &sides, const Tile &tile) const {
-        const Side &side = tile.side(sides);
-        const int t = anew(threadIdx.x), row = t / LANES, lane = t % LANES, i = tile.i0 + row;
-        const bool there = row < tile.rows() && i < side.N;
-        const char *from = static_cast<const char *>(side.from);
-        if (there) from += 2 * (tile.b * side.batch + i * side.row + tile.h * side.head);
-#pragma unroll
-        for (int s = 0; s < 4; ++s) ask_16_bytes(&chunks[s][threadIdx.x], from + 2 * column(s, lane), there);
-    }
-
-    DEVICE void take(u32 (&two)[4][4]) const {
-        asked_is_here();
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            const uint4 four = chunks[s][threadIdx.x];
-            two[s][0] = four.x, two[s][1] = four.y, two[s][2] = four.z, two[s][3] = four.w;
-        }
-    }
-};
-
-// Rows as this thread holds them: its place, and its numbers.
-struct Piece {
-    int row, lane;  // in the tile; in the row
-    float x[32];    // chunk s·LANES + lane of the row at 8s
-
-    DEVICE void take(const u32 (&two)[4][4]) {
-#pragma unroll
-        for (int e = 0; e < 16; ++e) unpack<BF16>(two[e / 4][e % 4], x[2 * e], x[2 * e + 1]);
-    }
-
-    // x diag(±1): those of the lane's word e are bits 31 - e and 15 - e
-    DEVICE void change_signs(u32 (&two)[4][4], const u32 *flip) const {
-        const u32 mine = flip[lane];
-#pragma unroll
-        for (int e = 0; e < 16; ++e) two[e / 4][e % 4] ^= mine << e & 0x80008000;
-    }
-
-    // x Hadamard / √d: butterflies between neighbours first, then between pairs, up to halves
-    DEVICE void rotate() {
-        butterflies<1>(), butterflies<2>(), butterflies<4>();
-#pragma unroll
-        for (int other = 1; other < LANES; other *= 2) {
-            const float mine = lane & other ? -1.f : 1.f;
-#pragma unroll
-            for (int e = 0; e < 32; ++e) x[e] = mine * x[e] + __shfl_xor_sync(~0u, x[e], other);
-        }
-        butterflies<8>(), butterflies<16>();
-#pragma unroll
-        for (int e = 0; e < 32; ++e) x[e] *= d == 64 ? 0.125f : d == 256 ? 0.0625f : 0.08838834764831845f;
-    }
-
-    template <int Width>
-    DEVICE void butterflies() {
-#pragma unroll
-        for (int e = 0; e < 32; ++e)
-            if (!(e & Width)) {
-                const float a = x[e], b = x[e + Width];
-                x[e] = a + b, x[e + Width] = a - b;
-            }
-    }
-
-    // The largest |x|, as an integer; INFINITE or more where one is not finite.
-    DEVICE int most() const {
-        float most = 0.f;
-#pragma unroll
-        for (int e = 0; e < 32; ++e) most = max_or_nan(most, fabsf(x[e]));
-        return __builtin_bit_cast(int, most);
-    }
-
-    // The largest that is finite.
-    DEVICE int most_finite() const {
-        float most = 0.f;
-#pragma unroll
-        for (int e = 0; e < 32; ++e) most = fmaxf(most, x[e] - x[e] == 0.f ? fabsf(x[e]) : 0.f);
-        return __builtin_bit_cast(int, most);
-    }
-
-    // To its row in e4m3; what is not finite becomes NaN, as x - x does, which else is 0.
-    template <bool Finite>
-    DEVICE void put(unsigned char *row, float inverse) const {
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            float y[8];
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const float of = x[8 * s + e];
-                y[e] = Finite ? of * inverse : of * inverse - (of - of);
-            }
-            store_8_bytes(row + column(s, lane), {pack_e4m3(y[0], y[1], y[2], y[3]), pack_e4m3(y[4], y[5], y[6], y[7])});
-        }
-    }
-};
-
-// Of a thread block: the largest |x| of each block that has a scale, and of what is finite of it.
+// Of a tile: the largest |x| of each block that has a scale, and of what is finite of it.
 struct Largest {
     static constexpr int OF_Q = Q_ROWS / Q_BLOCK, OF_KV = KV_ROWS / KV_BLOCK, BLOCKS = OF_Q > OF_KV ? OF_Q : OF_KV;
     int of[BLOCKS], finite[BLOCKS];
@@ -164,134 +81,317 @@ struct Largest {
     DEVICE void clear() {
         if (threadIdx.x < BLOCKS) of[threadIdx.x] = finite[threadIdx.x] = 0;
     }
+};
 
-    // Of this thread's block; whether all x of the thread block are finite.
-    DEVICE float find(const Piece &piece, int block, bool &all_finite) {
-        const int most = largest(piece.most());
-        if (threadIdx.x % 32 == 0) raise(of + block, most);
-        all_finite = !__syncthreads_or(most >= INFINITE);
-        if (all_finite) return __builtin_bit_cast(float, of[block]);
-        const int less = largest(piece.most_finite());
-        if (threadIdx.x % 32 == 0) raise(finite + block, less);
-        __syncthreads();
-        return __builtin_bit_cast(float, finite[block]);
+struct Shared {
+    alignas(1024) unsigned char in[ROWS * d * BYTES];  // panels [rows, WIDTH]
+    alignas(1024) unsigned char out[ROWS * d];         // panels [rows, WIDE], or [d, DEEP]
+    Tile tiles[4];       // of the turn before, of this one and of the next one
+    Largest largest[2];  // of this turn, and of the next one
+    u64 arrived;
+};
+
+// ---- the copy engine, which one thread asks ---------------------------------------------------------------------------
+
+DEVICE void ask(Shared &s, const Maps &maps, const Tile &tile) {
+    const TensorMap &map = tile.of == 0 ? maps.Q : tile.of == 1 ? maps.K : maps.V;
+    const int rows = tile.rows(), box = rows > MOST_IN_A_BOX ? rows / 2 : rows;
+    const u32 to = shared_address(s.in), arrived = shared_address(&s.arrived);
+    barrier_expect(arrived, rows * d * BYTES);
+    for (int p = 0; p < d * BYTES / WIDTH; ++p)
+        for (int r = 0; r < rows; r += box)
+            copy_in(to + (p * rows + r) * WIDTH, map, arrived, p * (WIDTH / BYTES), tile.i0 + r, tile.h, tile.b, EVICT_FIRST);
+}
+
+DEVICE void send(Shared &s, const Maps &maps, const Tile &tile) {
+    const u32 from = shared_address(s.out);
+    if (tile.of == 2) {
+        for (int j = 0; j < KV_ROWS; j += DEEP) copy_out(maps.to_V, from + j * d, tile.i0 + j, 0, tile.h, tile.b);
+    } else {
+        const TensorMap &map = tile.of == 0 ? maps.to_Q : maps.to_K;
+        const int rows = tile.rows(), box = rows > MOST_IN_A_BOX ? rows / 2 : rows;
+        for (int p = 0; p < d / WIDE; ++p)
+            for (int r = 0; r < rows; r += box)
+                copy_out(map, from + (p * rows + r) * WIDE, p * WIDE, tile.i0 + r, tile.h, tile.b);
+    }
+    copies_out_commit();
+}
+
+// ---- what a thread has of a tile --------------------------------------------------------------------------------------
+
+// 64 numbers.  A row of Q or K is in lanes that are ROWS_A_WARP apart, 64 columns each.
+struct Numbers {
+    float x[NUMBERS];
+
+    // The largest |x|, as an integer; INFINITE or more where one is not finite.
+    DEVICE int most() const {
+        float most = 0.f;
+#pragma unroll
+        for (int e = 0; e < NUMBERS; ++e) most = max_or_nan(most, fabsf(x[e]));
+        return __builtin_bit_cast(int, most);
+    }
+
+    // The largest that is finite.
+    DEVICE int most_finite() {
+        settled(x);  // what was computed from it is not kept until here
+        float most = 0.f;
+#pragma unroll
+        for (int e = 0; e < NUMBERS; ++e) most = fmaxf(most, x[e] - x[e] == 0.f ? fabsf(x[e]) : 0.f);
+        return __builtin_bit_cast(int, most);
+    }
+
+    // x Hadamard / √d: butterflies between neighbours first, then between pairs, up to halves
+    DEVICE void rotate() {
+        butterflies<1>(), butterflies<2>(), butterflies<4>(), butterflies<8>(), butterflies<16>(), butterflies<32>();
+#pragma unroll
+        for (int other = ROWS_A_WARP; other < 32; other *= 2) {
+            const float mine = threadIdx.x & other ? -1.f : 1.f;
+#pragma unroll
+            for (int e = 0; e < NUMBERS; ++e) x[e] = mine * x[e] + __shfl_xor_sync(~0u, x[e], other);
+        }
+#pragma unroll
+        for (int e = 0; e < NUMBERS; ++e) x[e] *= d == 64 ? 0.125f : d == 256 ? 0.0625f : 0.08838834764831845f;
+    }
+
+    template <int Width>
+    DEVICE void butterflies() {
+#pragma unroll
+        for (int e = 0; e < NUMBERS; ++e)
+            if (!(e & Width)) {
+                const float a = x[e], b = x[e + Width];
+                x[e] = a + b, x[e + Width] = a - b;
+            }
+    }
+
+    // Four of them in e4m3; what is not finite becomes NaN, as x - x does, which else is 0.
+    template <bool Finite>
+    DEVICE u32 packed(int e, float inverse) const {
+        float y[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) y[n] = Finite ? x[e + n] * inverse : x[e + n] * inverse - (x[e + n] - x[e + n]);
+        return pack_e4m3(y[0], y[1], y[2], y[3]);
     }
 };
 
-DEVICE float scale_of(float most) {
-    return most == 0.f ? 1.f : fmaxf(most * (1.f / 448.f), 5.421010862427522e-20f);  // 2⁻⁶⁴
-}
+// Q or K: a row, 64 columns from 64 `part` on.
+struct Part {
+    int t = anew(threadIdx.x), row = t / 32 * ROWS_A_WARP + t % ROWS_A_WARP, part = t % 32 / ROWS_A_WARP;
+};
 
-// The next one up, which a block of V has for its scale.
-DEVICE float power_of_2(float scale) {
-    return __builtin_bit_cast(float, (__builtin_bit_cast(u32, scale) + 0x7FFFFF) & 0xFF800000);
-}
+template <int Rows>
+struct OfRows : Numbers {
+    static constexpr bool ROTATED = INCOHERENT, TRANSPOSED = false;
 
-DEVICE int pad(int N) { return (N + 15) / 16 * 16; }
-
-// Of a tile of V [KV_ROWS, d] to Vᵀ: of each 16 keys, key 8a + 2q + b to slot 4q + 2a + b.  A thread takes four columns.
-DEVICE void transpose(const unsigned char *sV, unsigned char *to, int i0, int N) {
-    for (int n = threadIdx.x; n < KV_ROWS / 16 * (d / 4); n += THREADS) {  // neighbours write 32 bytes side by side
-        const int c = n / 2 % (d / 4) * 4, j0 = (n / (d / 2) * 2 + n % 2) * 16;
-        if (i0 + j0 >= N) continue;
-        u32 slots[4][4];
+    DEVICE void take(Shared &s, const u32 *flip) {
+        const Part my;
+        const u32 at = shared_address(s.in) + my.part * Rows * WIDTH + swizzled<WIDTH>(my.row, 0);
+        const u32 signs[2] = {u32(anew(flip[2 * my.part])), u32(anew(flip[2 * my.part + 1]))};
 #pragma unroll
-        for (int q = 0; q < 4; ++q) {
-            const u32 *row = reinterpret_cast<const u32 *>(sV + (j0 + 2 * q) * (d + 8) + c);
-            constexpr int NEXT = (d + 8) / 4;
-            const u32 a = row[0], b = row[NEXT], c = row[8 * NEXT], e = row[9 * NEXT];
-            const u32 ab = __byte_perm(a, b, 0x5140), ce = __byte_perm(c, e, 0x5140);  // of columns 0 and 1
-            const u32 AB = __byte_perm(a, b, 0x7362), CE = __byte_perm(c, e, 0x7362);  // of columns 2 and 3
-            slots[0][q] = __byte_perm(ab, ce, 0x5410), slots[1][q] = __byte_perm(ab, ce, 0x7632);
-            slots[2][q] = __byte_perm(AB, CE, 0x5410), slots[3][q] = __byte_perm(AB, CE, 0x7632);
+        for (int c = 0; c < NUMBERS / 8; ++c) {
+            u32 two[4];
+            load_16_bytes(at ^ 16 * c, two);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {  // x diag(±1): those of word w are bits 31 - w and 15 - w
+                if (ROTATED) two[e] ^= signs[c / 4] << (c % 4 * 4 + e) & 0x80008000;
+                unpack<BF16>(two[e], x[8 * c + 2 * e], x[8 * c + 2 * e + 1]);
+            }
         }
-#pragma unroll
-        for (int e = 0; e < 4; ++e) store_16_bytes(to + static_cast<long long>(c + e) * pad(N) + i0 + j0, slots[e]);
     }
+
+    template <bool Finite>
+    DEVICE void put(Shared &s, float inverse) const {
+        constexpr int PARTS = WIDE / NUMBERS;  // to a panel
+        const Part my;
+        const u32 panel = shared_address(s.out) + my.part / PARTS * Rows * WIDE;
+        const u32 at = panel + swizzled<WIDE>(my.row, my.part % PARTS * NUMBERS);
+#pragma unroll
+        for (int c = 0; c < NUMBERS / 16; ++c) {
+            u32 four[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) four[e] = packed<Finite>(16 * c + 4 * e, inverse);
+            store_16_bytes(at ^ 16 * c, four);
+        }
+    }
+};
+
+// V: units of 16 keys x 32 bytes, each four matrices of 8 keys x 16 bytes that are transposed.  So a lane has, of one column
+// of each, keys 2q, 2q + 1, 8 + 2q and 9 + 2q, q = lane % 4: the four slots of Vᵀ from 4q on.
+struct Keys {
+    static constexpr int UNITS = 4 * BYTES, ACROSS = d * BYTES / 32;  // of a warp; side by side, and then below
+    int t = anew(threadIdx.x), lane = t % 32, across = t / 32 * UNITS % ACROSS, key = t / 32 * UNITS / ACROSS * 16;
+
+    DEVICE void read(Shared &s, int u, u32 *two) const {
+        const u32 panels = shared_address(s.in) + across * 32 / WIDTH * (KV_ROWS * WIDTH);
+        const u32 at = panels + swizzled<WIDTH>(key + lane % 16, lane / 16 * 16);  // of the first unit
+        const int byte = u % ACROSS * 32;
+        load_matrices<true>((at ^ byte % WIDTH) + byte / WIDTH * (KV_ROWS * WIDTH) + u / ACROSS * 16 * WIDTH, two);
+    }
+
+    // To column 8c + n of the unit's.
+    DEVICE void write(Shared &s, int u, int c, int n, u32 four) const {
+        const int slot = key + lane % 4 * 4;
+        const u32 panel = shared_address(s.out) + slot / DEEP * (d * DEEP);
+        const u32 at = panel + (swizzled<DEEP>(across * (32 / BYTES) + n, slot % DEEP) ^ u / ACROSS * 16);
+        store_4_bytes(at + (u % ACROSS * (32 / BYTES) + 8 * c) * DEEP, four);
+    }
+};
+
+struct OfKeys : Numbers {
+    static constexpr bool ROTATED = false, TRANSPOSED = true;
+
+    DEVICE void take(Shared &s, const u32 *) {
+        const Keys my;
+#pragma unroll
+        for (int u = 0; u < Keys::UNITS; ++u) {
+            u32 two[4];
+            my.read(s, u, two);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) unpack<BF16>(two[e], x[8 * u + 2 * e], x[8 * u + 2 * e + 1]);
+        }
+    }
+
+    template <bool Finite>
+    DEVICE void put(Shared &s, float inverse) const {
+        const Keys my;
+#pragma unroll
+        for (int e = 0; e < NUMBERS; e += 4) my.write(s, e / 8, e / 4 % 2, my.lane / 4, packed<Finite>(e, inverse));
+    }
+};
+
+// ---- scales -----------------------------------------------------------------------------------------------------------
+
+// Of a block, by its largest number; of V the next power of 2.
+DEVICE float scale_of(int most, bool of_V) {
+    const float x = __builtin_bit_cast(float, most);
+    const float scale = x == 0.f ? 1.f : fmaxf(x * (1.f / 448.f), 5.421010862427522e-20f);  // 2⁻⁶⁴
+    return of_V ? __builtin_bit_cast(float, (__builtin_bit_cast(u32, scale) + 0x7FFFFF) & 0xFF800000) : scale;
 }
 
-template <int ROWS, int Block, bool Rotated, bool Transposed>
-DEVICE void take(const Side &side, const u32 *flip, const Tile &tile, u32 (&two)[4][4], Largest &largest_of,
-                 unsigned char *sV) {
-    const int i0 = tile.i0, b = tile.b, h = tile.h, bh = b * side.H + h;
-    Piece piece;
-    const int t = anew(threadIdx.x);
-    piece.row = t / LANES, piece.lane = t % LANES;
-    const bool mine = THREADS == ROWS * LANES || piece.row < ROWS;
-    const int i = mine ? i0 + piece.row : side.N;
-    if (Rotated) piece.change_signs(two, flip);
-    piece.take(two);
-    if (Rotated) piece.rotate();
-    float *scales = side.scale + static_cast<long long>(bh) * side.blocks;
-    if (STEP == AMAX) {
-        int most = largest(piece.most());
-        if (most >= INFINITE) most = largest(piece.most_finite());
-        if (threadIdx.x % 32 == 0) raise(reinterpret_cast<int *>(scales), most);
-        return;
-    }
-    bool all_finite = false;
-    float scale;
-    if (STEP == BLOCKS) {
-        scale = scale_of(largest_of.find(piece, mine ? piece.row / Block : 0, all_finite));
-        if (Transposed) scale = power_of_2(scale);
-        if (piece.row % Block == 0 && piece.lane == 0 && i < side.N) scales[i / Block] = scale;
-    } else {
-        scale = scales[0];
-    }
-    const float inverse = 1.f / scale;
-    unsigned char *to = Transposed ? sV + piece.row * (d + 8)
-                                   : static_cast<unsigned char *>(side.to) +
-                                         ((static_cast<long long>(b) * side.N + i) * side.H + h) * d;
-    if (Transposed ? mine : i < side.N) {
-        if (all_finite) piece.put<true>(to, inverse);
-        else piece.put<false>(to, inverse);
-    }
-    if (Transposed) {
+// *to becomes the largest of the warp's where that is larger.
+DEVICE void raise_to(int *to, int most) {
+    if (threadIdx.x % 32 == 0) raise(to, most);
+}
+
+// ---- a thread block ---------------------------------------------------------------------------------------------------
+
+struct Turns {
+    Shared &s;
+    const Maps &maps;
+    const Sides &sides;
+    const int count;  // of turns
+    int n = 0;
+
+    DEVICE Turns(Shared &s, const Maps &maps, const Sides &sides)
+        : s(s), maps(maps), sides(sides), count((::count(sides) - blockIdx.x + gridDim.x - 1) / gridDim.x) {}
+
+    DEVICE void run() {
+        if (threadIdx.x == 0) {
+            barrier_init(shared_address(&s.arrived), 1), barrier_init_fence();
+            draw(0), ask(s, maps, s.tiles[0]);
+        }
+        s.largest[0].clear();
         __syncthreads();
-        transpose(sV, static_cast<unsigned char *>(side.to) + static_cast<long long>(bh) * d * pad(side.N), i0, side.N);
-    }
-}
-
-// V in e4m3, 32 bytes a thread, to Vᵀ.
-DEVICE void turn(const Side &side, int index, unsigned char *sV) {
-    const int bh = index / side.tiles, i0 = index % side.tiles * KV_ROWS, b = bh / side.H, h = bh % side.H;
-    const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, i = i0 + row;
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-        const int c = 16 * (s * LANES + lane);
-        u32 x[4] = {0, 0, 0, 0};
-        if (i < side.N)
-            load_16_bytes(static_cast<const char *>(side.from) + b * side.batch + i * side.row + h * side.head + c, x);
-        store_8_bytes(sV + row * (d + 8) + c, {x[0], x[1]});
-        store_8_bytes(sV + row * (d + 8) + c + 8, {x[2], x[3]});
-    }
-    __syncthreads();
-    transpose(sV, static_cast<unsigned char *>(side.to) + static_cast<long long>(bh) * d * pad(side.N), i0, side.N);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) quantize(const __grid_constant__ Sides sides) {
-    unsigned char *sV = shared_memory();  // [KV_ROWS, d + 8]
-    if constexpr (STEP == TRANSPOSE) return turn(sides.V, blockIdx.x, sV);
-    const Next next{reinterpret_cast<uint4(*)[THREADS]>(sV + KV_ROWS * (d + 8))};
-    Tile *tiles = reinterpret_cast<Tile *>(next.chunks + 4);     // four: of this turn, and of the next two
-    Largest *largest_of = reinterpret_cast<Largest *>(tiles + 4);  // two: of this turn, and of the next one
-    const int turns = (count(sides) - blockIdx.x + gridDim.x - 1) / gridDim.x;
-    if (threadIdx.x == 0)
-        for (int n = 0; n < min(2, turns); ++n) tiles[n] = tile_at(sides, blockIdx.x + n * gridDim.x);
-    __syncthreads();
-    next.ask(sides, tiles[0]);
 #pragma unroll 1
-    for (int n = 0; n < turns; ++n) {
-        u32 two[4][4];
-        next.take(two);
-        if (n + 1 < turns) next.ask(sides, tiles[(n + 1) % 4]);
-        if (threadIdx.x == 0 && n + 2 < turns) tiles[(n + 2) % 4] = tile_at(sides, blockIdx.x + (n + 2) * gridDim.x);
-        const Tile &tile = tiles[n % 4];
-        Largest &most = largest_of[n % 2];
-        if (STEP == BLOCKS) most.clear();
-        __syncthreads();  // and nobody reads the V of before any more
-        if (tile.of == 0) take<Q_ROWS, Q_BLOCK, INCOHERENT, false>(sides.Q, sides.flip, tile, two, most, sV);
-        else if (tile.of == 1) take<KV_ROWS, KV_BLOCK, INCOHERENT, false>(sides.K, sides.flip, tile, two, most, sV);
-        else take<KV_ROWS, KV_BLOCK, false, true>(sides.V, sides.flip, tile, two, most, sV);
+        for (; n < count; ++n) {
+            if (threadIdx.x == 0) draw(n + 1);
+            barrier_wait(shared_address(&s.arrived), n % 2);
+            const Tile &tile = s.tiles[n % 4];
+            if (STEP == TRANSPOSE) transpose();
+            else if (tile.of == 0) convert<OfRows<Q_ROWS>, Q_ROWS, Q_BLOCK>(sides.Q, tile);
+            else if (tile.of == 1) convert<OfRows<KV_ROWS>, KV_ROWS, KV_BLOCK>(sides.K, tile);
+            else convert<OfKeys, KV_ROWS, KV_BLOCK>(sides.V, tile);
+        }
+        meet();
+        if (threadIdx.x == 0) copies_out_read();
     }
+
+    // Which tile a turn has, if there is one.
+    DEVICE void draw(int n) {
+        if (n < count) s.tiles[n % 4] = tile_at(sides, blockIdx.x + n * gridDim.x);
+    }
+
+    // All have read the tile, so that the next one may come, and written what became of the one before, which goes.
+    DEVICE void meet() {
+        async_fence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            if (STEP != AMAX && n > 0) send(s, maps, s.tiles[(n - 1) % 4]);
+            if (n + 1 < count) ask(s, maps, s.tiles[(n + 1) % 4]);
+        }
+        s.largest[(n + 1) % 2].clear();
+    }
+
+    template <class Of, int Rows, int Block>
+    DEVICE void convert(const Side &side, const Tile &tile) {
+        Of mine;
+        const int row = threadIdx.x / 32 * ROWS_A_WARP;  // the warp's first
+        const bool there = Rows == ROWS || row < Rows;
+        mine.take(s, sides.flip);
+        meet();
+        if (Of::ROTATED) mine.rotate();
+        if (STEP == AMAX) {
+            if (!there) return;
+            const int most = largest(mine.most());
+            return raise_to(reinterpret_cast<int *>(scales_of(side, tile)),
+                            most < INFINITE ? most : largest(mine.most_finite()));
+        }
+        if (threadIdx.x == 0) copies_out_read();  // as all will know when they have met again
+        bool all_finite = false;
+        float scale;
+        if (STEP == BLOCKS) {
+            const int block = there ? row / Block : 0;
+            const int *most = find_largest(mine, there, block, all_finite), i = tile.i0 + threadIdx.x * Block;
+            if (threadIdx.x < Rows / Block && i < side.N)
+                scales_of(side, tile)[i / Block] = scale_of(most[threadIdx.x], Of::TRANSPOSED);
+            scale = scale_of(most[block], Of::TRANSPOSED);
+        } else {
+            __syncthreads();
+            scale = load(scales_of(side, tile));
+        }
+        if (!there) return;
+        settled(mine.x);
+        if (all_finite) mine.template put<true>(s, 1.f / scale);
+        else mine.template put<false>(s, 1.f / scale);
+    }
+
+    static DEVICE float *scales_of(const Side &side, const Tile &tile) {
+        return side.scale + static_cast<long long>(tile.b * side.H + tile.h) * side.blocks;
+    }
+
+    // Of each block; where not all numbers are finite, of those that are.
+    DEVICE const int *find_largest(Numbers &mine, bool there, int block, bool &all_finite) {
+        Largest &found = s.largest[n % 2];
+        const int most = there ? largest(mine.most()) : 0;
+        if (there) raise_to(found.of + block, most);
+        all_finite = !__syncthreads_or(most >= INFINITE);
+        if (all_finite) return found.of;
+        if (there) raise_to(found.finite + block, largest(mine.most_finite()));
+        __syncthreads();
+        return found.finite;
+    }
+
+    // V in e4m3: a pair of columns at a time.
+    DEVICE void transpose() {
+        const Keys my;
+        u32 two[Keys::UNITS][4];
+#pragma unroll
+        for (int u = 0; u < Keys::UNITS; ++u) my.read(s, u, two[u]);
+        meet();
+        if (threadIdx.x == 0) copies_out_read();
+        __syncthreads();
+#pragma unroll
+        for (int u = 0; u < Keys::UNITS; ++u)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                my.write(s, u, e / 2 * 2, my.lane / 4 * 2 + e % 2,
+                           __byte_perm(two[u][e / 2 * 2], two[u][e / 2 * 2 + 1], e % 2 ? 0x7531 : 0x6420));
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 768 / THREADS)
+    quantize(const __grid_constant__ TensorMap Q, const __grid_constant__ TensorMap K, const __grid_constant__ TensorMap V,
+             const __grid_constant__ TensorMap to_Q, const __grid_constant__ TensorMap to_K,
+             const __grid_constant__ TensorMap to_V, const __grid_constant__ Sides sides) {
+    Shared &s = *reinterpret_cast<Shared *>(shared_memory() + (0u - shared_address(shared_memory())) % 1024);
+    Turns(s, {Q, K, V, to_Q, to_K, to_V}, sides).run();
 }
