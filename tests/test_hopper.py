@@ -341,7 +341,7 @@ def test_quantizing_spills_nothing(d, kv_block, step):
     defines = {"HEAD_DIM": d, "Q_ROWS": q_rows, "KV_ROWS": kv_rows, "Q_BLOCK": 64, "KV_BLOCK": kv_block, "BF16": 1}
     defines |= {"INCOHERENT": 1, "STEP": getattr(quantize, step)}
     launch = quantize.launch_of(defines)
-    assert launch.binary().report.registers * launch.threads * (quantize.THREADS // launch.threads) <= 65_536
+    assert launch.binary().report.registers * launch.threads * quantize.resident(launch.threads) <= 65_536
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

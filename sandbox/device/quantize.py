@@ -20,7 +20,6 @@ FILE = HEADERS / "quantize.cu"
 BLOCKS, AMAX, GIVEN, TRANSPOSE = range(4)  # quantize.cu: Step
 NUMBERS, LANES = 64, 4  # that a thread takes, of a row; threads to a row, at most
 ROWS, MOST_THREADS = 128, 512  # of a thread block: rows at least, where that is whole blocks; and threads
-THREADS = 768  # of a multiprocessor: so many have registers enough
 MOST_IN_A_BOX, PANEL_BYTES = 256, 128  # of the copy engine: rows, and bytes of each
 
 
@@ -116,8 +115,12 @@ def _go(defines: dict[str, int], tensors: tuple, sides: Sides) -> None:
     tiles = sides.heads_q * sides.Q.tiles + sides.heads_kv * (sides.K.tiles + sides.V.tiles)
     launch = launch_of(defines)
     *five, V = (x if x.numel() else x.new_zeros(1, 1, KEYS, max(KEYS, x.shape[3])) for x in tensors)
-    blocks = _multiprocessors(V) * (THREADS // launch.threads)
-    launch(min(tiles, blocks), *five, V.transpose(1, 2), sides)
+    launch(min(tiles, _multiprocessors(V) * resident(launch.threads)), *five, V.transpose(1, 2), sides)
+
+
+def resident(threads: int) -> int:
+    """Thread blocks that a multiprocessor has registers for: quantize.cu, RESIDENT."""
+    return 1 if threads > 384 else 2 if threads > 192 else 640 // threads
 
 
 def _box(rows: int) -> int:

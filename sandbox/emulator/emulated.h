@@ -531,7 +531,7 @@ inline float load(const float *from) { return *static_cast<const volatile float 
 
 inline void store(float *to, float x) { *to = x, ++emulated::stored; }
 
-inline void load_16_bytes(u32 address, u32 (&to)[4]) {
+inline void load_16_bytes(u32 address, u32 *to) {
     if (address % 16) emulated::fail("a load of 16 bytes that is not aligned");
     std::memcpy(to, emulated::at(address, 16), 16);
 }
@@ -567,6 +567,8 @@ inline float exp2_approx(float x) { return exp2f(x); }
 inline float log2_approx(float x) { return log2f(x); }
 
 inline float __fdividef(float x, float y) { return x / y; }
+
+inline float reciprocal(float x) { return 1.f / x; }
 
 template <bool Bf16>
 u32 pack(float low, float high) {

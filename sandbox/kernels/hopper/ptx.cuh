@@ -170,7 +170,7 @@ DEVICE float load(const float *from) {
 DEVICE void store(float *to, float x) { *to = x; }
 
 // Shared memory, 16 bytes or 4 at a time.
-DEVICE void load_16_bytes(u32 address, u32 (&to)[4]) {
+DEVICE void load_16_bytes(u32 address, u32 *to) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(address)
@@ -206,6 +206,13 @@ DEVICE float log2_approx(float x) {  // off by 2⁻²² of the larger of 1 and l
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// 1 / x to nearest, for 2⁻¹²⁶ < x < 2¹²⁵, without the branch for all other x.
+DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return fmaf(y, fmaf(-x, y, 1.f), y);
 }
 
 // Two numbers in the 16-bit format of the inputs, the first in the lower half.

@@ -18,6 +18,7 @@ enum Step { BLOCKS, AMAX, GIVEN, TRANSPOSE };
 constexpr int d = HEAD_DIM, NUMBERS = 64, LANES = d / NUMBERS;  // of a thread; to a row
 constexpr int ROWS = Q_ROWS > KV_ROWS ? Q_ROWS : KV_ROWS;       // where there are fewer, some warps have none
 constexpr int ROWS_A_WARP = 32 / LANES, THREADS = ROWS * LANES;
+constexpr int RESIDENT = THREADS > 384 ? 1 : THREADS > 192 ? 2 : 640 / THREADS;  // of a multiprocessor, by its registers
 constexpr int BYTES = STEP == TRANSPOSE ? 1 : 2;  // of a number that comes
 constexpr int MOST_IN_A_BOX = 256;                // rows
 
@@ -51,16 +52,16 @@ struct Tile {
     DEVICE int rows() const { return of == 0 ? Q_ROWS : KV_ROWS; }
 };
 
-DEVICE int count(const Sides &sides) {
-    return sides.heads_q * sides.Q.tiles + sides.heads_kv * (sides.K.tiles + sides.V.tiles);
-}
-
+// The index-th; `of` is below 0 where there is none.
 DEVICE Tile tile_at(const Sides &sides, int index) {
     const int of_Q = sides.heads_q * sides.Q.tiles, of_K = sides.heads_kv * sides.K.tiles;
-    Tile tile;
-    tile.of = index < of_Q ? 0 : index - of_Q < of_K ? 1 : 2;
+    const int of_V = sides.heads_kv * sides.V.tiles;
+    Tile tile{-1};
+    if (index < of_Q) tile.of = 0;
+    else if ((index -= of_Q) < of_K) tile.of = 1;
+    else if ((index -= of_K) < of_V) tile.of = 2;
+    else return tile;
     const Side &side = tile.side(sides);
-    index -= tile.of == 0 ? 0 : tile.of == 1 ? of_Q : of_Q + of_K;
     const int bh = index / side.tiles;
     tile.i0 = index % side.tiles * tile.rows(), tile.b = bh / side.H, tile.h = bh % side.H;
     return tile;
@@ -73,13 +74,13 @@ DEVICE u32 swizzled(int r, int b) {
     return at ^ (at >> 3 & (Width - 16));
 }
 
-// Of a tile: the largest |x| of each block that has a scale, and of what is finite of it.
+// Of a tile: the largest |x| of each block that has a scale.
 struct Largest {
     static constexpr int OF_Q = Q_ROWS / Q_BLOCK, OF_KV = KV_ROWS / KV_BLOCK, BLOCKS = OF_Q > OF_KV ? OF_Q : OF_KV;
-    int of[BLOCKS], finite[BLOCKS];
+    int of[BLOCKS];
 
     DEVICE void clear() {
-        if (threadIdx.x < BLOCKS) of[threadIdx.x] = finite[threadIdx.x] = 0;
+        if (threadIdx.x < BLOCKS) of[threadIdx.x] = 0;
     }
 };
 
@@ -93,26 +94,37 @@ struct Shared {
 
 // ---- the copy engine, which one thread asks ---------------------------------------------------------------------------
 
+// What follows is what one warp does, all its lanes.
+DEVICE Tile heard(const Tile &tile) {
+    return {uniform(~0u, tile.of), uniform(~0u, tile.b), uniform(~0u, tile.h), uniform(~0u, tile.i0)};
+}
+
 DEVICE void ask(Shared &s, const Maps &maps, const Tile &tile) {
     const TensorMap &map = tile.of == 0 ? maps.Q : tile.of == 1 ? maps.K : maps.V;
     const int rows = tile.rows(), box = rows > MOST_IN_A_BOX ? rows / 2 : rows;
     const u32 to = shared_address(s.in), arrived = shared_address(&s.arrived);
+    if (threadIdx.x % 32) return;
     barrier_expect(arrived, rows * d * BYTES);
+#pragma unroll
     for (int p = 0; p < d * BYTES / WIDTH; ++p)
         for (int r = 0; r < rows; r += box)
-            copy_in(to + (p * rows + r) * WIDTH, map, arrived, p * (WIDTH / BYTES), tile.i0 + r, tile.h, tile.b, EVICT_FIRST);
+            copy_in(to + p * (ROWS * WIDTH) + r * WIDTH, map, arrived, p * (WIDTH / BYTES), tile.i0 + r, tile.h, tile.b,
+                    EVICT_FIRST);
 }
 
 DEVICE void send(Shared &s, const Maps &maps, const Tile &tile) {
     const u32 from = shared_address(s.out);
+    if (threadIdx.x % 32) return;
     if (tile.of == 2) {
+#pragma unroll
         for (int j = 0; j < KV_ROWS; j += DEEP) copy_out(maps.to_V, from + j * d, tile.i0 + j, 0, tile.h, tile.b);
     } else {
         const TensorMap &map = tile.of == 0 ? maps.to_Q : maps.to_K;
         const int rows = tile.rows(), box = rows > MOST_IN_A_BOX ? rows / 2 : rows;
+#pragma unroll
         for (int p = 0; p < d / WIDE; ++p)
             for (int r = 0; r < rows; r += box)
-                copy_out(map, from + (p * rows + r) * WIDE, p * WIDE, tile.i0 + r, tile.h, tile.b);
+                copy_out(map, from + p * (ROWS * WIDE) + r * WIDE, p * WIDE, tile.i0 + r, tile.h, tile.b);
     }
     copies_out_commit();
 }
@@ -122,6 +134,12 @@ DEVICE void send(Shared &s, const Maps &maps, const Tile &tile) {
 // 64 numbers.  A row of Q or K is in lanes that are ROWS_A_WARP apart, 64 columns each.
 struct Numbers {
     float x[NUMBERS];
+
+    DEVICE void unpack_all(const u32 (&two)[NUMBERS / 2]) {
+#pragma unroll
+        for (int w = 0; w < NUMBERS / 2; ++w) unpack<BF16>(two[w], x[2 * w], x[2 * w + 1]);
+        settled(x);
+    }
 
     // The largest |x|, as an integer; INFINITE or more where one is not finite.
     DEVICE int most() const {
@@ -178,31 +196,28 @@ struct Part {
     int t = anew(threadIdx.x), row = t / 32 * ROWS_A_WARP + t % ROWS_A_WARP, part = t % 32 / ROWS_A_WARP;
 };
 
-template <int Rows>
 struct OfRows : Numbers {
     static constexpr bool ROTATED = INCOHERENT, TRANSPOSED = false;
 
-    DEVICE void take(Shared &s, const u32 *flip) {
+    DEVICE void read(Shared &s, u32 (&two)[NUMBERS / 2]) const {
         const Part my;
-        const u32 at = shared_address(s.in) + my.part * Rows * WIDTH + swizzled<WIDTH>(my.row, 0);
-        const u32 signs[2] = {u32(anew(flip[2 * my.part])), u32(anew(flip[2 * my.part + 1]))};
+        const u32 at = shared_address(s.in) + my.part * (ROWS * WIDTH) + swizzled<WIDTH>(my.row, 0);
 #pragma unroll
-        for (int c = 0; c < NUMBERS / 8; ++c) {
-            u32 two[4];
-            load_16_bytes(at ^ 16 * c, two);
+        for (int c = 0; c < NUMBERS / 8; ++c) load_16_bytes(at ^ 16 * c, two + 4 * c);
+    }
+
+    // x diag(±1): those of word w of 32 columns are bits 31 - w and 15 - w.
+    DEVICE void change_signs(u32 (&two)[NUMBERS / 2], const u32 *flip) const {
+        const Part my;
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {  // x diag(±1): those of word w are bits 31 - w and 15 - w
-                if (ROTATED) two[e] ^= signs[c / 4] << (c % 4 * 4 + e) & 0x80008000;
-                unpack<BF16>(two[e], x[8 * c + 2 * e], x[8 * c + 2 * e + 1]);
-            }
-        }
+        for (int w = 0; w < NUMBERS / 2; ++w) two[w] ^= flip[2 * my.part + w / 16] << w % 16 & 0x80008000;
     }
 
     template <bool Finite>
     DEVICE void put(Shared &s, float inverse) const {
         constexpr int PARTS = WIDE / NUMBERS;  // to a panel
         const Part my;
-        const u32 panel = shared_address(s.out) + my.part / PARTS * Rows * WIDE;
+        const u32 panel = shared_address(s.out) + my.part / PARTS * (ROWS * WIDE);
         const u32 at = panel + swizzled<WIDE>(my.row, my.part % PARTS * NUMBERS);
 #pragma unroll
         for (int c = 0; c < NUMBERS / 16; ++c) {
@@ -221,10 +236,10 @@ struct Keys {
     int t = anew(threadIdx.x), lane = t % 32, across = t / 32 * UNITS % ACROSS, key = t / 32 * UNITS / ACROSS * 16;
 
     DEVICE void read(Shared &s, int u, u32 *two) const {
-        const u32 panels = shared_address(s.in) + across * 32 / WIDTH * (KV_ROWS * WIDTH);
+        const u32 panels = shared_address(s.in) + across * 32 / WIDTH * (ROWS * WIDTH);
         const u32 at = panels + swizzled<WIDTH>(key + lane % 16, lane / 16 * 16);  // of the first unit
         const int byte = u % ACROSS * 32;
-        load_matrices<true>((at ^ byte % WIDTH) + byte / WIDTH * (KV_ROWS * WIDTH) + u / ACROSS * 16 * WIDTH, two);
+        load_matrices<true>((at ^ byte % WIDTH) + byte / WIDTH * (ROWS * WIDTH) + u / ACROSS * 16 * WIDTH, two);
     }
 
     // To column 8c + n of the unit's.
@@ -239,16 +254,13 @@ struct Keys {
 struct OfKeys : Numbers {
     static constexpr bool ROTATED = false, TRANSPOSED = true;
 
-    DEVICE void take(Shared &s, const u32 *) {
+    DEVICE void read(Shared &s, u32 (&two)[NUMBERS / 2]) const {
         const Keys my;
 #pragma unroll
-        for (int u = 0; u < Keys::UNITS; ++u) {
-            u32 two[4];
-            my.read(s, u, two);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) unpack<BF16>(two[e], x[8 * u + 2 * e], x[8 * u + 2 * e + 1]);
-        }
+        for (int u = 0; u < Keys::UNITS; ++u) my.read(s, u, two + 4 * u);
     }
+
+    DEVICE void change_signs(u32 (&)[NUMBERS / 2], const u32 *) const {}
 
     template <bool Finite>
     DEVICE void put(Shared &s, float inverse) const {
@@ -257,15 +269,6 @@ struct OfKeys : Numbers {
         for (int e = 0; e < NUMBERS; e += 4) my.write(s, e / 8, e / 4 % 2, my.lane / 4, packed<Finite>(e, inverse));
     }
 };
-
-// ---- scales -----------------------------------------------------------------------------------------------------------
-
-// Of a block, by its largest number; of V the next power of 2.
-DEVICE float scale_of(int most, bool of_V) {
-    const float x = __builtin_bit_cast(float, most);
-    const float scale = x == 0.f ? 1.f : fmaxf(x * (1.f / 448.f), 5.421010862427522e-20f);  // 2⁻⁶⁴
-    return of_V ? __builtin_bit_cast(float, (__builtin_bit_cast(u32, scale) + 0x7FFFFF) & 0xFF800000) : scale;
-}
 
 // *to becomes the largest of the warp's where that is larger.
 DEVICE void raise_to(int *to, int most) {
@@ -278,96 +281,107 @@ struct Turns {
     Shared &s;
     const Maps &maps;
     const Sides &sides;
-    const int count;  // of turns
     int n = 0;
 
-    DEVICE Turns(Shared &s, const Maps &maps, const Sides &sides)
-        : s(s), maps(maps), sides(sides), count((::count(sides) - blockIdx.x + gridDim.x - 1) / gridDim.x) {}
+    // Of this turn or of one before or after it; computed anew, as all but numbers is: there is no register to keep it in.
+    DEVICE Tile &tile(int after = 0) const { return s.tiles[anew(n) + after & 3]; }
+    DEVICE Largest &found(int after = 0) const { return s.largest[anew(n) + after & 1]; }
 
     DEVICE void run() {
         if (threadIdx.x == 0) {
             barrier_init(shared_address(&s.arrived), 1), barrier_init_fence();
-            draw(0), ask(s, maps, s.tiles[0]);
+            draw(0);
         }
-        s.largest[0].clear();
+        found().clear();
         __syncthreads();
+        if (threadIdx.x < 32) ask(s, maps, heard(tile()));
 #pragma unroll 1
-        for (; n < count; ++n) {
-            if (threadIdx.x == 0) draw(n + 1);
+        for (; tile().of >= 0; ++n) {
+            if (threadIdx.x == 0) draw(1);
             barrier_wait(shared_address(&s.arrived), n % 2);
-            const Tile &tile = s.tiles[n % 4];
             if (STEP == TRANSPOSE) transpose();
-            else if (tile.of == 0) convert<OfRows<Q_ROWS>, Q_ROWS, Q_BLOCK>(sides.Q, tile);
-            else if (tile.of == 1) convert<OfRows<KV_ROWS>, KV_ROWS, KV_BLOCK>(sides.K, tile);
-            else convert<OfKeys, KV_ROWS, KV_BLOCK>(sides.V, tile);
+            else if (tile().of == 0) convert<OfRows, Q_ROWS, Q_BLOCK>(sides.Q);
+            else if (tile().of == 1) convert<OfRows, KV_ROWS, KV_BLOCK>(sides.K);
+            else convert<OfKeys, KV_ROWS, KV_BLOCK>(sides.V);
         }
-        meet();
+        meet(true);
         if (threadIdx.x == 0) copies_out_read();
     }
 
-    // Which tile a turn has, if there is one.
-    DEVICE void draw(int n) {
-        if (n < count) s.tiles[n % 4] = tile_at(sides, blockIdx.x + n * gridDim.x);
-    }
+    DEVICE void draw(int after) { tile(after) = tile_at(sides, blockIdx.x + (n + after) * gridDim.x); }
 
     // All have read the tile, so that the next one may come, and written what became of the one before, which goes.
-    DEVICE void meet() {
+    DEVICE void meet(bool last = false) {
         async_fence();
         __syncthreads();
-        if (threadIdx.x == 0) {
-            if (STEP != AMAX && n > 0) send(s, maps, s.tiles[(n - 1) % 4]);
-            if (n + 1 < count) ask(s, maps, s.tiles[(n + 1) % 4]);
+        if (uniform(~0u, threadIdx.x / 32) == 0) {
+            if (STEP != AMAX && n > 0) send(s, maps, heard(tile(-1)));
+            const Tile next = last ? Tile{-1} : heard(tile(1));
+            if (next.of >= 0) ask(s, maps, next);
         }
-        s.largest[(n + 1) % 2].clear();
+        found(1).clear();
     }
 
     template <class Of, int Rows, int Block>
-    DEVICE void convert(const Side &side, const Tile &tile) {
+    DEVICE void convert(const Side &side) {
         Of mine;
-        const int row = threadIdx.x / 32 * ROWS_A_WARP;  // the warp's first
-        const bool there = Rows == ROWS || row < Rows;
-        mine.take(s, sides.flip);
+        u32 two[NUMBERS / 2];
+        mine.read(s, two);
         meet();
+#pragma unroll
+        for (int w = 0; w < NUMBERS / 2; ++w) two[w] = anew(two[w]);  // not unpacked before: room for who asks and sends
+        if (Of::ROTATED) mine.change_signs(two, sides.flip);
+        mine.unpack_all(two);
         if (Of::ROTATED) mine.rotate();
         if (STEP == AMAX) {
-            if (!there) return;
+            if (!there<Rows>()) return;
             const int most = largest(mine.most());
-            return raise_to(reinterpret_cast<int *>(scales_of(side, tile)),
-                            most < INFINITE ? most : largest(mine.most_finite()));
+            return raise_to(reinterpret_cast<int *>(scales(side)), most < INFINITE ? most : largest(mine.most_finite()));
         }
         if (threadIdx.x == 0) copies_out_read();  // as all will know when they have met again
         bool all_finite = false;
-        float scale;
-        if (STEP == BLOCKS) {
-            const int block = there ? row / Block : 0;
-            const int *most = find_largest(mine, there, block, all_finite), i = tile.i0 + threadIdx.x * Block;
-            if (threadIdx.x < Rows / Block && i < side.N)
-                scales_of(side, tile)[i / Block] = scale_of(most[threadIdx.x], Of::TRANSPOSED);
-            scale = scale_of(most[block], Of::TRANSPOSED);
-        } else {
-            __syncthreads();
-            scale = load(scales_of(side, tile));
-        }
-        if (!there) return;
+        if (STEP == BLOCKS) all_finite = find_largest<Rows, Block>(mine);
+        else __syncthreads();
+        const float scale = STEP == GIVEN ? load(scales(side)) : scale_of<Of>(block<Rows, Block>());
         settled(mine.x);
-        if (all_finite) mine.template put<true>(s, 1.f / scale);
-        else mine.template put<false>(s, 1.f / scale);
+        if (!there<Rows>()) {}
+        else if (all_finite) mine.template put<true>(s, reciprocal(scale));
+        else mine.template put<false>(s, reciprocal(scale));
+        const int t = anew(threadIdx.x), i = tile().i0 + t * Block;  // only now, as it takes registers
+        if (STEP == BLOCKS && t < Rows / Block && i < side.N) scales(side)[i / Block] = scale_of<Of>(t);
     }
 
-    static DEVICE float *scales_of(const Side &side, const Tile &tile) {
-        return side.scale + static_cast<long long>(tile.b * side.H + tile.h) * side.blocks;
+    // The warp's first row; whether it is one of the tile's; the block that it is in.
+    static DEVICE int row() { return anew(threadIdx.x) / 32 * ROWS_A_WARP; }
+    template <int Rows>
+    static DEVICE bool there() { return Rows == ROWS || row() < Rows; }
+    template <int Rows, int Block>
+    static DEVICE int block() { return there<Rows>() ? row() / Block : 0; }
+
+    DEVICE float *scales(const Side &side) const {
+        return side.scale + static_cast<long long>(tile().b * side.H + tile().h) * side.blocks;
     }
 
-    // Of each block; where not all numbers are finite, of those that are.
-    DEVICE const int *find_largest(Numbers &mine, bool there, int block, bool &all_finite) {
-        Largest &found = s.largest[n % 2];
-        const int most = there ? largest(mine.most()) : 0;
-        if (there) raise_to(found.of + block, most);
-        all_finite = !__syncthreads_or(most >= INFINITE);
-        if (all_finite) return found.of;
-        if (there) raise_to(found.finite + block, largest(mine.most_finite()));
+    // Of each block; where not all is finite, of what is.
+    template <int Rows, int Block>
+    DEVICE bool find_largest(Numbers &mine) {
+        const int most = there<Rows>() ? largest(mine.most()) : 0;
+        if (there<Rows>()) raise_to(found().of + block<Rows, Block>(), most);
+        if (!__syncthreads_or(most >= INFINITE)) return true;
+        found().clear();
         __syncthreads();
-        return found.finite;
+        if (there<Rows>()) raise_to(found().of + block<Rows, Block>(), largest(mine.most_finite()));
+        __syncthreads();
+        return false;
+    }
+
+    // Of a block, by its largest number; of V the next power of 2.
+    template <class Of>
+    DEVICE float scale_of(int block) const {
+        const float most = __builtin_bit_cast(float, found().of[block]);
+        const float scale = most == 0.f ? 1.f : fmaxf(most * (1.f / 448.f), 5.421010862427522e-20f);  // 2⁻⁶⁴
+        if (!Of::TRANSPOSED) return scale;
+        return __builtin_bit_cast(float, (__builtin_bit_cast(u32, scale) + 0x7FFFFF) & 0xFF800000);
     }
 
     // V in e4m3: a pair of columns at a time.
@@ -384,14 +398,14 @@ struct Turns {
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 my.write(s, u, e / 2 * 2, my.lane / 4 * 2 + e % 2,
-                           __byte_perm(two[u][e / 2 * 2], two[u][e / 2 * 2 + 1], e % 2 ? 0x7531 : 0x6420));
+                         __byte_perm(two[u][e / 2 * 2], two[u][e / 2 * 2 + 1], e % 2 ? 0x7531 : 0x6420));
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 768 / THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     quantize(const __grid_constant__ TensorMap Q, const __grid_constant__ TensorMap K, const __grid_constant__ TensorMap V,
              const __grid_constant__ TensorMap to_Q, const __grid_constant__ TensorMap to_K,
              const __grid_constant__ TensorMap to_V, const __grid_constant__ Sides sides) {
     Shared &s = *reinterpret_cast<Shared *>(shared_memory() + (0u - shared_address(shared_memory())) % 1024);
-    Turns(s, {Q, K, V, to_Q, to_K, to_V}, sides).run();
+    Turns{s, {Q, K, V, to_Q, to_K, to_V}, sides}.run();
 }
