@@ -335,13 +335,17 @@ def test_in_8_bits_it_keeps_its_registers(d, N, turned, causal, kind, tmp_path):
 
 
 @pytest.mark.parametrize("step", ["BLOCKS", "AMAX", "GIVEN", "TRANSPOSE"])
-@pytest.mark.parametrize("d, kv_block", [(64, 64), (64, 160), (128, 96), (128, 128), (128, 192), (256, 128)])
-def test_quantizing_spills_nothing(d, kv_block, step):
+@pytest.mark.parametrize("bf16, incoherent", [(1, 1), (0, 1), (1, 0)])
+@pytest.mark.parametrize("d, kv_block", [
+    (64, 64), (64, 96), (64, 160), (64, 192), (64, 256), (128, 64), (128, 96), (128, 128), (128, 160), (128, 192),
+    (128, 256), (256, 64), (256, 128),
+])  # fmt: skip
+def test_quantizing_spills_nothing(d, kv_block, bf16, incoherent, step):
     q_rows, kv_rows = quantize.rows_of(64, kv_block)
-    defines = {"HEAD_DIM": d, "Q_ROWS": q_rows, "KV_ROWS": kv_rows, "Q_BLOCK": 64, "KV_BLOCK": kv_block, "BF16": 1}
-    defines |= {"INCOHERENT": 1, "STEP": getattr(quantize, step)}
+    defines = {"HEAD_DIM": d, "Q_ROWS": q_rows, "KV_ROWS": kv_rows, "Q_BLOCK": 64, "KV_BLOCK": kv_block}
+    defines |= {"BF16": bf16, "INCOHERENT": incoherent, "STEP": (of := getattr(quantize, step))}
     launch = quantize.launch_of(defines)
-    assert launch.binary().report.registers * launch.threads * quantize.resident(launch.threads) <= 65_536
+    assert launch.binary().report.registers * launch.threads * quantize.resident(launch.threads, of) <= 65_536
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

@@ -111,15 +111,17 @@ def _launch(defines: tuple) -> HopperLaunch:
 
 
 def _go(defines: dict[str, int], tensors: tuple, sides: Sides) -> None:
-    """On as many thread blocks as there is room for, which stay.  tensors: Q, K, V, and what becomes of them; V's is Vᵀ."""
+    """On as many thread blocks as there is room for.  tensors: Q, K, V, and what becomes of them, of V Vᵀ."""
     tiles = sides.heads_q * sides.Q.tiles + sides.heads_kv * (sides.K.tiles + sides.V.tiles)
     launch = launch_of(defines)
     *five, V = (x if x.numel() else x.new_zeros(1, 1, KEYS, max(KEYS, x.shape[3])) for x in tensors)
-    launch(min(tiles, _multiprocessors(V) * resident(launch.threads)), *five, V.transpose(1, 2), sides)
+    launch(min(tiles, _multiprocessors(V) * resident(launch.threads, defines["STEP"])), *five, V.transpose(1, 2), sides)
 
 
-def resident(threads: int) -> int:
+def resident(threads: int, step: int) -> int:
     """Thread blocks that a multiprocessor has registers for: quantize.cu, RESIDENT."""
+    if step == TRANSPOSE:
+        return 1024 // threads
     return 1 if threads > 384 else 2 if threads > 192 else 640 // threads
 
 

@@ -2,8 +2,8 @@
 //
 // sandbox/quantize.py is the same in torch, bit for bit, and says what and why.  A thread block takes some rows of a head
 // of Q, K or V at a time, a thread 64 numbers: of Q and K 64 columns of a row, of V pairs of keys, which ldmatrix turns on
-// their way.  Tiles come and go by the copy engine: while one is worked on in registers, the next one is under way to where
-// it was, and what became of the one before is on its way out.
+// their way (numbers.cuh).  The copy engine brings and takes tiles: while one is worked on in registers, the next one is on
+// its way to where it was, and what became of the one before is on its way out.
 //
 // Compile-time, by -D: HEAD_DIM, Q_ROWS and KV_ROWS (of a thread block), Q_BLOCK and KV_BLOCK (that share a scale, and
 // divide them), BF16, INCOHERENT (Q and K are rotated), STEP:
@@ -12,20 +12,11 @@
 //     AMAX       only the largest number of each head, for a scale that more than a block share
 //     GIVEN      by the scales that are there
 //     TRANSPOSE  no scales: V, which is in e4m3, to Vᵀ
-#include "ptx.cuh"
+#include "numbers.cuh"
 
-enum Step { BLOCKS, AMAX, GIVEN, TRANSPOSE };
-constexpr int d = HEAD_DIM, NUMBERS = 64, LANES = d / NUMBERS;  // of a thread; to a row
-constexpr int ROWS = Q_ROWS > KV_ROWS ? Q_ROWS : KV_ROWS;       // where there are fewer, some warps have none
-constexpr int ROWS_A_WARP = 32 / LANES, THREADS = ROWS * LANES;
-constexpr int RESIDENT = THREADS > 384 ? 1 : THREADS > 192 ? 2 : 640 / THREADS;  // of a multiprocessor, by its registers
-constexpr int BYTES = STEP == TRANSPOSE ? 1 : 2;  // of a number that comes
-constexpr int MOST_IN_A_BOX = 256;                // rows
-
-// Tiles are rows of panels, each as wide as its swizzle: of what comes, what leaves, and what leaves as Vᵀ; in bytes.
-constexpr int WIDTH = d * BYTES == 64 ? 64 : 128, WIDE = d == 64 ? 64 : 128;
-constexpr int DEEP = KV_ROWS % 128 == 0 ? 128 : KV_ROWS % 64 == 0 ? 64 : 32;
-
+constexpr int THREADS = ROWS * LANES;
+constexpr int RESIDENT = STEP == TRANSPOSE ? 1024 / THREADS : THREADS > 384 ? 1 : THREADS > 192 ? 2 : 640 / THREADS;
+constexpr int MOST_IN_A_BOX = 256;    // rows
 constexpr int INFINITE = 0x7F800000;  // as an integer; NaN is more
 
 // [B, H, blocks] scales of Q, K or V [B, N, H, d], and thread blocks to a head.
@@ -67,13 +58,6 @@ DEVICE Tile tile_at(const Sides &sides, int index) {
     return tile;
 }
 
-// Where byte b of row r of a panel lies.
-template <int Width>
-DEVICE u32 swizzled(int r, int b) {
-    const u32 at = r * Width + b;
-    return at ^ (at >> 3 & (Width - 16));
-}
-
 // Of a tile: the largest |x| of each block that has a scale.
 struct Largest {
     static constexpr int OF_Q = Q_ROWS / Q_BLOCK, OF_KV = KV_ROWS / KV_BLOCK, BLOCKS = OF_Q > OF_KV ? OF_Q : OF_KV;
@@ -92,9 +76,9 @@ struct Shared {
     u64 arrived;
 };
 
-// ---- the copy engine, which one thread asks ---------------------------------------------------------------------------
+// ---- the copy engine, which one warp asks -----------------------------------------------------------------------------
 
-// What follows is what one warp does, all its lanes.
+// A tile as one warp, all its lanes, reads it.
 DEVICE Tile heard(const Tile &tile) {
     return {uniform(~0u, tile.of), uniform(~0u, tile.b), uniform(~0u, tile.h), uniform(~0u, tile.i0)};
 }
@@ -129,147 +113,6 @@ DEVICE void send(Shared &s, const Maps &maps, const Tile &tile) {
     copies_out_commit();
 }
 
-// ---- what a thread has of a tile --------------------------------------------------------------------------------------
-
-// 64 numbers.  A row of Q or K is in lanes that are ROWS_A_WARP apart, 64 columns each.
-struct Numbers {
-    float x[NUMBERS];
-
-    DEVICE void unpack_all(const u32 (&two)[NUMBERS / 2]) {
-#pragma unroll
-        for (int w = 0; w < NUMBERS / 2; ++w) unpack<BF16>(two[w], x[2 * w], x[2 * w + 1]);
-        settled(x);
-    }
-
-    // The largest |x|, as an integer; INFINITE or more where one is not finite.
-    DEVICE int most() const {
-        float most = 0.f;
-#pragma unroll
-        for (int e = 0; e < NUMBERS; ++e) most = max_or_nan(most, fabsf(x[e]));
-        return __builtin_bit_cast(int, most);
-    }
-
-    // The largest that is finite.
-    DEVICE int most_finite() {
-        settled(x);  // what was computed from it is not kept until here
-        float most = 0.f;
-#pragma unroll
-        for (int e = 0; e < NUMBERS; ++e) most = fmaxf(most, x[e] - x[e] == 0.f ? fabsf(x[e]) : 0.f);
-        return __builtin_bit_cast(int, most);
-    }
-
-    // x Hadamard / √d: butterflies between neighbours first, then between pairs, up to halves
-    DEVICE void rotate() {
-        butterflies<1>(), butterflies<2>(), butterflies<4>(), butterflies<8>(), butterflies<16>(), butterflies<32>();
-#pragma unroll
-        for (int other = ROWS_A_WARP; other < 32; other *= 2) {
-            const float mine = threadIdx.x & other ? -1.f : 1.f;
-#pragma unroll
-            for (int e = 0; e < NUMBERS; ++e) x[e] = mine * x[e] + __shfl_xor_sync(~0u, x[e], other);
-        }
-#pragma unroll
-        for (int e = 0; e < NUMBERS; ++e) x[e] *= d == 64 ? 0.125f : d == 256 ? 0.0625f : 0.08838834764831845f;
-    }
-
-    template <int Width>
-    DEVICE void butterflies() {
-#pragma unroll
-        for (int e = 0; e < NUMBERS; ++e)
-            if (!(e & Width)) {
-                const float a = x[e], b = x[e + Width];
-                x[e] = a + b, x[e + Width] = a - b;
-            }
-    }
-
-    // Four of them in e4m3; what is not finite becomes NaN, as x - x does, which else is 0.
-    template <bool Finite>
-    DEVICE u32 packed(int e, float inverse) const {
-        float y[4];
-#pragma unroll
-        for (int n = 0; n < 4; ++n) y[n] = Finite ? x[e + n] * inverse : x[e + n] * inverse - (x[e + n] - x[e + n]);
-        return pack_e4m3(y[0], y[1], y[2], y[3]);
-    }
-};
-
-// Q or K: a row, 64 columns from 64 `part` on.
-struct Part {
-    int t = anew(threadIdx.x), row = t / 32 * ROWS_A_WARP + t % ROWS_A_WARP, part = t % 32 / ROWS_A_WARP;
-};
-
-struct OfRows : Numbers {
-    static constexpr bool ROTATED = INCOHERENT, TRANSPOSED = false;
-
-    DEVICE void read(Shared &s, u32 (&two)[NUMBERS / 2]) const {
-        const Part my;
-        const u32 at = shared_address(s.in) + my.part * (ROWS * WIDTH) + swizzled<WIDTH>(my.row, 0);
-#pragma unroll
-        for (int c = 0; c < NUMBERS / 8; ++c) load_16_bytes(at ^ 16 * c, two + 4 * c);
-    }
-
-    // x diag(±1): those of word w of 32 columns are bits 31 - w and 15 - w.
-    DEVICE void change_signs(u32 (&two)[NUMBERS / 2], const u32 *flip) const {
-        const Part my;
-#pragma unroll
-        for (int w = 0; w < NUMBERS / 2; ++w) two[w] ^= flip[2 * my.part + w / 16] << w % 16 & 0x80008000;
-    }
-
-    template <bool Finite>
-    DEVICE void put(Shared &s, float inverse) const {
-        constexpr int PARTS = WIDE / NUMBERS;  // to a panel
-        const Part my;
-        const u32 panel = shared_address(s.out) + my.part / PARTS * (ROWS * WIDE);
-        const u32 at = panel + swizzled<WIDE>(my.row, my.part % PARTS * NUMBERS);
-#pragma unroll
-        for (int c = 0; c < NUMBERS / 16; ++c) {
-            u32 four[4];
-#pragma unroll
-            for (int e = 0; e < 4; ++e) four[e] = packed<Finite>(16 * c + 4 * e, inverse);
-            store_16_bytes(at ^ 16 * c, four);
-        }
-    }
-};
-
-// V: units of 16 keys x 32 bytes, each four matrices of 8 keys x 16 bytes that are transposed.  So a lane has, of one column
-// of each, keys 2q, 2q + 1, 8 + 2q and 9 + 2q, q = lane % 4: the four slots of Vᵀ from 4q on.
-struct Keys {
-    static constexpr int UNITS = 4 * BYTES, ACROSS = d * BYTES / 32;  // of a warp; side by side, and then below
-    int t = anew(threadIdx.x), lane = t % 32, across = t / 32 * UNITS % ACROSS, key = t / 32 * UNITS / ACROSS * 16;
-
-    DEVICE void read(Shared &s, int u, u32 *two) const {
-        const u32 panels = shared_address(s.in) + across * 32 / WIDTH * (ROWS * WIDTH);
-        const u32 at = panels + swizzled<WIDTH>(key + lane % 16, lane / 16 * 16);  // of the first unit
-        const int byte = u % ACROSS * 32;
-        load_matrices<true>((at ^ byte % WIDTH) + byte / WIDTH * (ROWS * WIDTH) + u / ACROSS * 16 * WIDTH, two);
-    }
-
-    // To column 8c + n of the unit's.
-    DEVICE void write(Shared &s, int u, int c, int n, u32 four) const {
-        const int slot = key + lane % 4 * 4;
-        const u32 panel = shared_address(s.out) + slot / DEEP * (d * DEEP);
-        const u32 at = panel + (swizzled<DEEP>(across * (32 / BYTES) + n, slot % DEEP) ^ u / ACROSS * 16);
-        store_4_bytes(at + (u % ACROSS * (32 / BYTES) + 8 * c) * DEEP, four);
-    }
-};
-
-struct OfKeys : Numbers {
-    static constexpr bool ROTATED = false, TRANSPOSED = true;
-
-    DEVICE void read(Shared &s, u32 (&two)[NUMBERS / 2]) const {
-        const Keys my;
-#pragma unroll
-        for (int u = 0; u < Keys::UNITS; ++u) my.read(s, u, two + 4 * u);
-    }
-
-    DEVICE void change_signs(u32 (&)[NUMBERS / 2], const u32 *) const {}
-
-    template <bool Finite>
-    DEVICE void put(Shared &s, float inverse) const {
-        const Keys my;
-#pragma unroll
-        for (int e = 0; e < NUMBERS; e += 4) my.write(s, e / 8, e / 4 % 2, my.lane / 4, packed<Finite>(e, inverse));
-    }
-};
-
 // *to becomes the largest of the warp's where that is larger.
 DEVICE void raise_to(int *to, int most) {
     if (threadIdx.x % 32 == 0) raise(to, most);
@@ -283,7 +126,7 @@ struct Turns {
     const Sides &sides;
     int n = 0;
 
-    // Of this turn or of one before or after it; computed anew, as all but numbers is: there is no register to keep it in.
+    // Of this turn, or of one before or after it; found anew each time, to take no registers between.
     DEVICE Tile &tile(int after = 0) const { return s.tiles[anew(n) + after & 3]; }
     DEVICE Largest &found(int after = 0) const { return s.largest[anew(n) + after & 1]; }
 
@@ -326,12 +169,12 @@ struct Turns {
     DEVICE void convert(const Side &side) {
         Of mine;
         u32 two[NUMBERS / 2];
-        mine.read(s, two);
+        mine.read(shared_address(s.in), two);
         meet();
 #pragma unroll
         for (int w = 0; w < NUMBERS / 2; ++w) two[w] = anew(two[w]);  // not unpacked before: room for who asks and sends
         if (Of::ROTATED) mine.change_signs(two, sides.flip);
-        mine.unpack_all(two);
+        mine.take(two);
         if (Of::ROTATED) mine.rotate();
         if (STEP == AMAX) {
             if (!there<Rows>()) return;
@@ -344,9 +187,8 @@ struct Turns {
         else __syncthreads();
         const float scale = STEP == GIVEN ? load(scales(side)) : scale_of<Of>(block<Rows, Block>());
         settled(mine.x);
-        if (!there<Rows>()) {}
-        else if (all_finite) mine.template put<true>(s, reciprocal(scale));
-        else mine.template put<false>(s, reciprocal(scale));
+        if (there<Rows>() && all_finite) mine.template put<true>(shared_address(s.out), reciprocal(scale));
+        else if (there<Rows>()) mine.template put<false>(shared_address(s.out), reciprocal(scale));
         const int t = anew(threadIdx.x), i = tile().i0 + t * Block;  // only now, as it takes registers
         if (STEP == BLOCKS && t < Rows / Block && i < side.N) scales(side)[i / Block] = scale_of<Of>(t);
     }
@@ -384,21 +226,14 @@ struct Turns {
         return __builtin_bit_cast(float, (__builtin_bit_cast(u32, scale) + 0x7FFFFF) & 0xFF800000);
     }
 
-    // V in e4m3: a pair of columns at a time.
+    // V in e4m3.
     DEVICE void transpose() {
-        const Keys my;
-        u32 two[Keys::UNITS][4];
-#pragma unroll
-        for (int u = 0; u < Keys::UNITS; ++u) my.read(s, u, two[u]);
+        OfBytes mine;
+        mine.read(shared_address(s.in));
         meet();
         if (threadIdx.x == 0) copies_out_read();
         __syncthreads();
-#pragma unroll
-        for (int u = 0; u < Keys::UNITS; ++u)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                my.write(s, u, e / 2 * 2, my.lane / 4 * 2 + e % 2,
-                         __byte_perm(two[u][e / 2 * 2], two[u][e / 2 * 2 + 1], e % 2 ? 0x7531 : 0x6420));
+        mine.put(shared_address(s.out));
     }
 };
 
