@@ -87,7 +87,7 @@ def quantize_fp8(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=None, inc
     q           (batch, N_q, heads, head_dim), float32, float16 or bfloat16, any strides; k, v likewise
     scales      one for each 'block', 'head' or 'tensor'
     q_block     rows of Q that share a scale, a multiple of 64 for attention_fp8
-    kv_block    keys that do; None: as many as the tile has that the kernel takes for so many
+    kv_block    keys that do; None: as many as the tile has that the kernel takes for so many, without a mask
     incoherent  Q and K are rotated against outliers: random signs by `seed`, then a Hadamard matrix
 
     On a Hopper GPU, for 16 bits, head_dim 64, 128 and 256, and blocks that share a thread block, this is one pass that

@@ -15,6 +15,7 @@ import torch
 from ..problem import NAMES
 from ..quantize import E4M3, HADAMARD, KEYS, KV_BLOCK, Q_BLOCK, Quantized, check_inputs, scale_of, signs
 from .hopper import HEADERS, HopperLaunch, Panels
+from .launch import addressable
 
 FILE = HEADERS / "quantize.cu"
 BLOCKS, AMAX, GIVEN, TRANSPOSE = range(4)  # quantize.cu: Step
@@ -55,8 +56,8 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
     new = q.new_empty
     q8, k8 = new(B, N_q, H, d, dtype=E4M3), new(B, N_k, H_kv, d, dtype=E4M3)
     v8 = new(B, H_kv, d, -(-N_k // KEYS) * KEYS, dtype=E4M3)
-    found = [q.new_zeros(B, heads, n, dtype=torch.float32) for heads, n in ((H, n_q), (H_kv, n_k), (H_kv, n_k))]
-
+    fresh = new if blocked else q.new_zeros  # largest numbers of heads begin at 0
+    found = [fresh(B, heads, n, dtype=torch.float32) for heads, n in ((H, n_q), (H_kv, n_k), (H_kv, n_k))]
     rows = (q_rows, kv_rows, kv_rows)
     sides = [_side(x, scale, n) for x, scale, n in zip((q, k, v), found, rows)]
     heads = (B * H, B * H_kv)
@@ -83,13 +84,13 @@ def quantize(q, k, v, *, scales="block", q_block=Q_BLOCK, kv_block=KV_BLOCK, inc
 @torch.no_grad()
 def transpose_keys(v):
     """As sandbox.quantize.transpose_keys: V [B, N, H, d] in e4m3, d = 64, 128 or 256, to Vᵀ, in one pass."""
-    B, N, H, d = v.shape
+    (B, N, H, d), v = v.shape, addressable(v)
     defines = {
         "HEAD_DIM": d, "Q_ROWS": ROWS, "KV_ROWS": ROWS, "Q_BLOCK": ROWS, "KV_BLOCK": ROWS, "BF16": 0, "INCOHERENT": 0,
         "STEP": TRANSPOSE,
     }  # fmt: skip
     to, scale = v.new_empty(B, H, d, -(-N // KEYS) * KEYS), v.new_empty(0, 0, 0)
-    _go(defines, (v, v, v, v, v, to), Sides(V=_side(v, scale, ROWS), heads_kv=B * H))
+    _go(defines, (v, v, v, to, to, to), Sides(V=_side(v, scale, ROWS), heads_kv=B * H))
     return to
 
 
@@ -115,7 +116,8 @@ def _go(defines: dict[str, int], tensors: tuple, sides: Sides) -> None:
     tiles = sides.heads_q * sides.Q.tiles + sides.heads_kv * (sides.K.tiles + sides.V.tiles)
     launch = launch_of(defines)
     *five, V = (x if x.numel() else x.new_zeros(1, 1, KEYS, max(KEYS, x.shape[3])) for x in tensors)
-    launch(min(tiles, _multiprocessors(V) * resident(launch.threads, defines["STEP"])), *five, V.transpose(1, 2), sides)
+    room = _multiprocessors(V.device) * resident(launch.threads, defines["STEP"])
+    launch(min(tiles, room), *five, V.transpose(1, 2), sides)
 
 
 def resident(threads: int, step: int) -> int:
@@ -163,8 +165,9 @@ def _side(x, scale, rows) -> Side:
     return Side(scale.data_ptr(), N, H, scale.shape[2], -(-N // rows))
 
 
-def _multiprocessors(x) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 NO_FLIP = (ctypes.c_uint32 * (2 * LANES))()

@@ -19,7 +19,7 @@ constexpr int RESIDENT = STEP == TRANSPOSE ? 1024 / THREADS : THREADS > 384 ? 1 
 constexpr int MOST_IN_A_BOX = 256;    // rows
 constexpr int INFINITE = 0x7F800000;  // as an integer; NaN is more
 
-// [B, H, blocks] scales of Q, K or V [B, N, H, d], and thread blocks to a head.
+// [B, H, blocks] scales of Q, K or V [B, N, H, d], and tiles to a head.
 struct Side {
     float *scale;
     int N, H, blocks, tiles;
@@ -43,18 +43,16 @@ struct Tile {
     DEVICE int rows() const { return of == 0 ? Q_ROWS : KV_ROWS; }
 };
 
-// The index-th; `of` is below 0 where there is none.
+// The index-th, those of all heads side by side, as their rows are in memory; `of` is below 0 where there is none.
 DEVICE Tile tile_at(const Sides &sides, int index) {
-    const int of_Q = sides.heads_q * sides.Q.tiles, of_K = sides.heads_kv * sides.K.tiles;
-    const int of_V = sides.heads_kv * sides.V.tiles;
+    const int of_Q = sides.heads_q * sides.Q.tiles, of_KV = sides.heads_kv * sides.K.tiles;
     Tile tile{-1};
     if (index < of_Q) tile.of = 0;
-    else if ((index -= of_Q) < of_K) tile.of = 1;
-    else if ((index -= of_K) < of_V) tile.of = 2;
+    else if ((index -= of_Q) < of_KV) tile.of = 1;
+    else if ((index -= of_KV) < sides.heads_kv * sides.V.tiles) tile.of = 2;
     else return tile;
-    const Side &side = tile.side(sides);
-    const int bh = index / side.tiles;
-    tile.i0 = index % side.tiles * tile.rows(), tile.b = bh / side.H, tile.h = bh % side.H;
+    const int heads = tile.of == 0 ? sides.heads_q : sides.heads_kv, bh = index % heads, H = tile.side(sides).H;
+    tile.i0 = index / heads * tile.rows(), tile.b = bh / H, tile.h = bh % H;
     return tile;
 }
 
