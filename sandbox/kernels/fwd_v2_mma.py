@@ -226,7 +226,7 @@ def build(problem, tile, device, **turned):
             copy_KV(sK, here, Kh, int32((end - 1) * Bc), N_k, thread)
             copy_KV(sV, here, Vh, int32((end - 1) * Bc), N_k, thread)
         commit_group()
-        if not SOFTCAP and scale != ONE:  # seldom
+        if not SOFTCAP and scale != ONE:  # -1 or 0, of a scale that is not above 0
             arrived()
             cuda.syncthreads()
             scale_Q(sQ, w0, int32(side * COLUMNS), scale)
