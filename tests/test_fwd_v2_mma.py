@@ -12,7 +12,7 @@ import torch
 from sass import disassembled, nvdisasm
 
 from sandbox import catalog, target
-from sandbox.device import sections
+from sandbox.device import rows, sections
 from sandbox.kernels import fwd_v2_mma
 from sandbox.mask import Mask
 from sandbox.measure import gate
@@ -120,6 +120,36 @@ def test_any_strides(layout):
 @pytest.mark.parametrize("N_q, N_k", [(40, 0), (60, 3), (3, 60)])
 def test_row_blocks_that_see_no_key(N_q, N_k, mask):
     check(Problem(1, 1, 1, N_q, N_k, 16, "fp16", mask=mask))
+
+
+@pytest.mark.parametrize("switches", [dict(rows=16), dict(rows=32), dict(pairs=True)], ids=str)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, -0.0, -1e-3, 1e-60, -1e-60])
+def test_scales_not_above_0(scale, dtype, switches):
+    """Q takes the sign of the scale in shared memory; hidden keys still have no weight."""
+    problem = Problem(1, 2, 1, 40, 75, 32, dtype, scale, Mask(True))
+    check(problem, tile=Tile(32, 32), variant=fwd_v2_mma.turned(**switches))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_scales_not_above_0_of_non_finite_inputs(which, value, scale):
+    """0·inf is NaN, whether the inf is in Q, which becomes 0, or in K."""
+    problem = Problem(1, 1, 1, 20, 40, 32, "bf16", scale)
+    x = gate.gaussian(problem, 4, target.torch_device()).named()
+    x[which] = x[which].clone()
+    x[which][0, 5, 0, 2] = value
+    check(problem, gate.Inputs(**x))
+
+
+def test_one_kernel_for_all_scales():
+    """(what multiplies S before the softmax, the softmax's unit)."""
+    found = {scale: rows.scale_and_unit(Problem(1, 1, 1, 1, 1, 32, "fp16", scale)) for scale in (2.0, -2.0, 0.0, 1e-60)}
+    unit = math.log2(math.e)
+    assert found[2.0] == (1.0, pytest.approx(2 * unit)) and found[-2.0] == (-1.0, pytest.approx(2 * unit))
+    assert found[0.0] == found[1e-60] == (0.0, pytest.approx(unit))
+    assert rows.scale_and_unit(Problem(1, 1, 1, 1, 1, 32, "fp16", -2.0, softcap=3.0)) == (-2.0, pytest.approx(unit))
 
 
 def test_small_scores_softcapped():
@@ -246,8 +276,9 @@ def test_tensor_cores_and_no_spills(d, dtype, causal, softcap, compiler, tmp_pat
     assert (report.stack, report.spills) == (0, 0) and report.registers <= 255, report
     if nvdisasm() is not None:
         text, M, N, K = disassembled(cubin, tmp_path), switches.rows // 16, tile.Bc // 16, d // 16
-        share = 1 + switches.pairs
+        share, signed = 1 + switches.pairs, softcap == 0  # Q is read once more where the scale is not above 0
         assert text.count("HMMA.16816.F32" + ".BF16" * (dtype == "bf16")) == 4 * M * N * K // share
-        assert text.count("LDSM.16.M") == K * (M + N // share) + N * K // share + switches.pairs * M * N
+        read = K * (M + N // share) + N * K // share + switches.pairs * M * N
+        assert text.count("LDSM.16.M") == read + signed * M * K // share
         assert all(name in text for name in ("LDGSTS.E.BYPASS.LTC128B.128", "MUFU.EX2", "STSM.16.M")), text[:99]
         assert "CALL" not in text and "LDL" not in text

@@ -32,10 +32,13 @@ from .ptx import (
     stmatrix,
     store_chunk,
     uniform,
+    unpack_bf16,
+    unpack_fp16,
 )
 from .scalar import ZERO, device_function
 
 MMA = {"fp16": (mma_fp16, pack_fp16), "bf16": (mma_bf16, pack_bf16)}
+UNPACK = {"fp16": unpack_fp16, "bf16": unpack_bf16}
 
 
 class Shared16:
@@ -303,6 +306,26 @@ class Warps:
                     ))  # fmt: skip
 
         return put
+
+    def scale_part(self, MI: int, N: int):
+        """scale(sC, a, c, x): sC[a : a + rows, c : c + N] *= x, rounded."""
+        _, pack = MMA[self.dtype]
+        unpack = UNPACK[self.dtype]
+
+        @device_function
+        def scaled(word, x):
+            low, high = unpack(word)
+            return pack(x * low, x * high)
+
+        @device_function
+        def scale(sC, a, c, x):
+            for mi in range(MI):
+                for k in range(N // 16):
+                    w0, w1, w2, w3 = ldmatrix(sC, a + 16 * mi, c + 16 * k)
+                    words = scaled(w0, x), scaled(w1, x), scaled(w2, x), scaled(w3, x)
+                    stmatrix(sC, a + 16 * mi, c + 16 * k, words)
+
+        return scale
 
     def put_words(self, MI: int):
         """put(sC, a, c, rA): sC[a : a + rows, c : c + 16] = the words rA [MI, 1, 4]."""

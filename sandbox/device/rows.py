@@ -12,13 +12,15 @@ m starts at the lowest finite number: -inf less that is -inf, and P̃ of a row t
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import cuda, int32
 
 from ..problem import Problem
 from .mma import MMA
 from .ptx import fma
-from .scalar import NEG_INF, as_float, as_int, device_function, divide, exp2, tanh_fast
+from .scalar import LOG2_E, NEG_INF, as_float, as_int, device_function, divide, exp2, tanh_fast
 from .softmax import ALL_LANES
 
 NONE, SOME, ALL = 0, 1, 2  # what a warp sees of a tile
@@ -143,6 +145,20 @@ class Rows:
 
         self.look, self.hide, self.score, self.rises = look, hide, score, rises
         self.tops, self.above, self.follow, self.weights, self.row_sum = tops, above, follow, weights, row_sum
+
+
+def scale_and_unit(problem: Problem) -> tuple[float, float]:
+    """What multiplies S before the softmax, and `unit`: above 0, so that the greatest S has the greatest weight, and
+    -inf none.
+
+    The former is the scale where there is a softcap, else 1, -1 or 0: Q may take that, exactly, before the loop.
+    """
+    unit = abs(problem.scale) * float(LOG2_E)
+    if problem.softcap > 0:
+        return problem.scale, float(LOG2_E)
+    if np.float32(unit) == 0:
+        return 0.0, float(LOG2_E)
+    return math.copysign(1.0, problem.scale), unit
 
 
 def capped(MI: int, N: int, softcap: bool):

@@ -17,8 +17,8 @@ from ..device.estimate import Pace, lines, registers, steps_along_keys
 from ..device.launch import addressable
 from ..device.mma import Shared16, Warps
 from ..device.ptx import commit_group, named_any, named_barrier, wait_group
-from ..device.rows import ALL, NONE, Rows, rescale
-from ..device.scalar import LN_2, LOG2_E, LOWEST, NEG_INF, ONE, ZERO, divide, log2, quotient
+from ..device.rows import ALL, NONE, Rows, rescale, scale_and_unit
+from ..device.scalar import LN_2, LOWEST, NEG_INF, ONE, ZERO, divide, log2, quotient
 from ..device.sections import heads_a_section
 from ..device.softmax import ALL_LANES
 from ..variant import Infeasible, Tile, Unsupported, Variant
@@ -162,6 +162,7 @@ def build(problem, tile, device, **turned):
     rescale_O, put_O, store_O = rescale(MI, COLUMNS), warps.put_part(MI, COLUMNS), warps.store(ROWS // SHARE, d)
     PV_shared, put_P = warps.product_nn_part(MI, COLUMNS, Bc), warps.put_words(MI)
     meet, meet_any = named_barrier(64), named_any(64)
+    scale_Q, SOFTCAP = warps.scale_part(MI, COLUMNS), problem.softcap > 0
     look, hide, score, rises = rows.look, rows.hide, rows.score, rows.rises
     tops, follow, weights = rows.tops, rows.follow, rows.weights
     row_sum, arrived, BANDED, LATE = rows.row_sum, wait_group(0), problem.mask.banded, s.late
@@ -179,146 +180,145 @@ def build(problem, tile, device, **turned):
             for h in range(2):
                 ry[mi, h] = sx[1 - warp % 2, g + 16 * mi + 8 * h]
 
-    def kernel(SCORED):
-        @cuda.jit
-        def fwd_v2_mma(Q, K, V, O, LSE, scale, softcap, unit, lo, hi, section):
-            block, thread, warp, lane = where()
-            N_q, N_k, H = int32(Q.shape[1]), int32(K.shape[1]), int32(Q.shape[2])
-            # The last rows, which see most under a causal mask, come first; heads in sections, for L2
-            Tr = int32((N_q + Br - 1) // Br)
-            part, place = quotient(block, int32(section * Tr))
-            i, bh = quotient(place, int32(min(section, Q.shape[0] * H - part * section)))
-            b, h = quotient(int32(part * section + bh), H)
-            group, _ = quotient(H, int32(K.shape[2]))
-            h_kv, _ = quotient(h, group)
-            i0 = int32((Tr - 1 - i) * Br)
-            w0, side = int32(warp // SHARE * ROWS), int32(warp % SHARE)  # its rows, and which keys and columns of them
-            Qh, Kh, Vh, Oh = Q[b, :, h], K[b, :, h_kv], V[b, :, h_kv], O[b, :, h]  # [N, d]
+    @cuda.jit
+    def fwd_v2_mma(Q, K, V, O, LSE, scale, softcap, unit, lo, hi, section):
+        block, thread, warp, lane = where()
+        N_q, N_k, H = int32(Q.shape[1]), int32(K.shape[1]), int32(Q.shape[2])
+        # The last rows, which see most under a causal mask, come first; heads in sections, for L2
+        Tr = int32((N_q + Br - 1) // Br)
+        part, place = quotient(block, int32(section * Tr))
+        i, bh = quotient(place, int32(min(section, Q.shape[0] * H - part * section)))
+        b, h = quotient(int32(part * section + bh), H)
+        group, _ = quotient(H, int32(K.shape[2]))
+        h_kv, _ = quotient(h, group)
+        i0 = int32((Tr - 1 - i) * Br)
+        w0, side = int32(warp // SHARE * ROWS), int32(warp % SHARE)  # its rows, and which keys and columns of them
+        Qh, Kh, Vh, Oh = Q[b, :, h], K[b, :, h_kv], V[b, :, h_kv], O[b, :, h]  # [N, d]
 
-            smem = cuda.shared.array(0, int16, 128)
-            sQ = tile_Q(smem)  # [Br, d]
-            sK = tile_K(smem)  # 2 x [Bc, d]
-            sV = tile_V(smem)
-            sP = tile_P(smem)  # [Br, Bc], of pairs
-            sx = cuda.shared.array((2, Br), float32)  # what pairs tell each other of each row
-            rS = cuda.local.array((MI, NI, 4), float32)  # S  [rows, Bc]
-            rP = cuda.local.array((MI, 1, 4), uint32)  # P̃, 16 keys of it
-            rO = cuda.local.array((MI, NO, 4), float32)  # O  [rows, d]
-            rm = cuda.local.array((MI, 2), float32)
-            rl = cuda.local.array((MI, 2), float32)
-            ralpha = cuda.local.array((MI, 2), float32)
-            rtop = cuda.local.array((MI, 2), float32)
-            rx = cuda.local.array((MI, 2), float32)  # of the other warp
-            clear_O(rO)
-            for mi in range(MI):
-                for g in range(2):
-                    rm[mi, g], rl[mi, g] = LOWEST, ZERO
+        smem = cuda.shared.array(0, int16, 128)
+        sQ = tile_Q(smem)  # [Br, d]
+        sK = tile_K(smem)  # 2 x [Bc, d]
+        sV = tile_V(smem)
+        sP = tile_P(smem)  # [Br, Bc], of pairs
+        sx = cuda.shared.array((2, Br), float32)  # what pairs tell each other of each row
+        rS = cuda.local.array((MI, NI, 4), float32)  # S  [rows, Bc]
+        rP = cuda.local.array((MI, 1, 4), uint32)  # P̃, 16 keys of it
+        rO = cuda.local.array((MI, NO, 4), float32)  # O  [rows, d]
+        rm = cuda.local.array((MI, 2), float32)
+        rl = cuda.local.array((MI, 2), float32)
+        ralpha = cuda.local.array((MI, 2), float32)
+        rtop = cuda.local.array((MI, 2), float32)
+        rx = cuda.local.array((MI, 2), float32)  # of the other warp
+        clear_O(rO)
+        for mi in range(MI):
+            for g in range(2):
+                rm[mi, g], rl[mi, g] = LOWEST, ZERO
 
-            first, end = 0, N_k
-            if BANDED:
-                first, end = max(0, i0 + lo), min(N_k, min(i0 + Br, N_q) + hi)
-            first, end = int32(first // Bc), int32((end + Bc - 1) // Bc)
-            steps = int32(end - first)
+        first, end = 0, N_k
+        if BANDED:
+            first, end = max(0, i0 + lo), min(N_k, min(i0 + Br, N_q) + hi)
+        first, end = int32(first // Bc), int32((end + Bc - 1) // Bc)
+        steps = int32(end - first)
 
-            copy_Q(sQ, 0, Qh, i0, N_q, thread)
-            here, there = int32(0), int32(Bc)  # rows of sK and of sV: of this step's block, of the next one's
-            if steps > 0:
-                copy_KV(sK, here, Kh, int32((end - 1) * Bc), N_k, thread)
-                copy_KV(sV, here, Vh, int32((end - 1) * Bc), N_k, thread)
-            commit_group()
-            for step in range(steps):
-                arrived()
-                cuda.syncthreads()  # this step's K and V are here; those of the step before have been read
-                j0 = int32((end - 1 - step) * Bc)
-                n0, n1 = int32(max(j0 - Bc, 0)), int32(N_k if j0 > first * Bc else 0)  # the next step's keys, if any
-                if not LATE:
-                    if n1 > 0:
-                        copy_KV(sK, there, Kh, n0, n1, thread)
-                        copy_KV(sV, there, Vh, n0, n1, thread)
-                    commit_group()
-
-                j0 = int32(j0 + side * KEYS)  # the warp's first key
-                seen = look(int32(i0 + w0), j0, N_q, N_k, lo, hi)
-                if seen != NONE or PAIRS:
-                    # S = Q Kᵀ  [rows, Bc]
-                    clear_S(rS)
-                    QKt(rS, sQ, w0, sK, int32(here + side * KEYS))
-                    if LATE:
-                        copy_KV(sK, there, Kh, n0, n1, thread)
-                        copy_KV(sV, there, Vh, n0, n1, thread)
-                    if SCORED:
-                        score(rS, scale, softcap)
-                    if seen != ALL:
-                        hide(rS, int32(i0 + w0), j0, N_k, lo, hi, lane)
-
-                    # m, O = diag(exp(m_old - m)) O
-                    rise = rises(rS, rm, unit)
-                    if meet_any(1 + warp // 2, rise) if PAIRS else cuda.any_sync(ALL_LANES, rise):
-                        tops(rtop, rS)
-                        if PAIRS:
-                            exchange(rx, rtop, sx, warp, lane)
-                            for mi in range(MI):
-                                for g in range(2):
-                                    rtop[mi, g] = max(rtop[mi, g], rx[mi, g])
-                        follow(rtop, rm, rl, ralpha, unit)
-                        rescale_O(rO, ralpha)
-
-                    # l, P̃ = exp(S - m), O += P̃ V  [rows, d], by 16 keys: products go on beside exponentials
-                    for k in range(KEYS // 16):
-                        weights(rP, rS, k, rm, rl, unit)
-                        if PAIRS:
-                            put_P(sP, w0, side * KEYS + 16 * k, rP)
-                        else:
-                            PV(rO, rP, 0, sV, int32(here + 16 * k))
-                    if PAIRS:
-                        meet(1 + warp // 2)
-                        PV_shared(rO, sP, w0, sV, here, int32(side * COLUMNS))
-                elif LATE:
+        copy_Q(sQ, 0, Qh, i0, N_q, thread)
+        here, there = int32(0), int32(Bc)  # rows of sK and of sV: of this step's block, of the next one's
+        if steps > 0:
+            copy_KV(sK, here, Kh, int32((end - 1) * Bc), N_k, thread)
+            copy_KV(sV, here, Vh, int32((end - 1) * Bc), N_k, thread)
+        commit_group()
+        if not SOFTCAP and scale != ONE:  # -1 or 0, of a scale that is not above 0
+            arrived()
+            cuda.syncthreads()
+            scale_Q(sQ, w0, int32(side * COLUMNS), scale)
+        for step in range(steps):
+            arrived()
+            cuda.syncthreads()  # this step's K and V are here; those of the step before have been read
+            j0 = int32((end - 1 - step) * Bc)
+            n0, n1 = int32(max(j0 - Bc, 0)), int32(N_k if j0 > first * Bc else 0)  # the next step's keys, if any
+            if not LATE:
+                if n1 > 0:
                     copy_KV(sK, there, Kh, n0, n1, thread)
                     copy_KV(sV, there, Vh, n0, n1, thread)
+                commit_group()
+
+            j0 = int32(j0 + side * KEYS)  # the warp's first key
+            seen = look(int32(i0 + w0), j0, N_q, N_k, lo, hi)
+            if seen != NONE or PAIRS:
+                # S = Q Kᵀ  [rows, Bc]
+                clear_S(rS)
+                QKt(rS, sQ, w0, sK, int32(here + side * KEYS))
                 if LATE:
-                    commit_group()
-                here, there = there, here
+                    copy_KV(sK, there, Kh, n0, n1, thread)
+                    copy_KV(sV, there, Vh, n0, n1, thread)
+                if SOFTCAP:
+                    score(rS, scale, softcap)
+                if seen != ALL:
+                    hide(rS, int32(i0 + w0), j0, N_k, lo, hi, lane)
 
-            arrived()  # without keys nobody has waited for Q, and O leaves through its tile
+                # m, O = diag(exp(m_old - m)) O
+                rise = rises(rS, rm, unit)
+                if meet_any(1 + warp // 2, rise) if PAIRS else cuda.any_sync(ALL_LANES, rise):
+                    tops(rtop, rS)
+                    if PAIRS:
+                        exchange(rx, rtop, sx, warp, lane)
+                        for mi in range(MI):
+                            for g in range(2):
+                                rtop[mi, g] = max(rtop[mi, g], rx[mi, g])
+                    follow(rtop, rm, rl, ralpha, unit)
+                    rescale_O(rO, ralpha)
+
+                # l, P̃ = exp(S - m), O += P̃ V  [rows, d], by 16 keys: products go on beside exponentials
+                for k in range(KEYS // 16):
+                    weights(rP, rS, k, rm, rl, unit)
+                    if PAIRS:
+                        put_P(sP, w0, side * KEYS + 16 * k, rP)
+                    else:
+                        PV(rO, rP, 0, sV, int32(here + 16 * k))
+                if PAIRS:
+                    meet(1 + warp // 2)
+                    PV_shared(rO, sP, w0, sV, here, int32(side * COLUMNS))
+            elif LATE:
+                copy_KV(sK, there, Kh, n0, n1, thread)
+                copy_KV(sV, there, Vh, n0, n1, thread)
+            if LATE:
+                commit_group()
+            here, there = there, here
+
+        arrived()  # without keys nobody has waited for Q, and O leaves through its tile
+        cuda.syncthreads()
+
+        # O = diag(l)⁻¹ O,  LSE = m + log l
+        for mi in range(MI):
+            for g in range(2):
+                rl[mi, g] = row_sum(rl[mi, g])
+        if PAIRS:
             cuda.syncthreads()
+            exchange(rx, rl, sx, warp, lane)
+        for mi in range(MI):
+            for g in range(2):
+                row = i0 + w0 + 16 * mi + 8 * g + lane // 4
+                l = rl[mi, g] + rx[mi, g] if PAIRS else rl[mi, g]
+                if lane % 4 == 0 and side == 0 and row < N_q:
+                    LSE[b, h, row] = (rm[mi, g] + log2(l)) * LN_2 if l != ZERO else NEG_INF
+                ralpha[mi, g] = divide(ONE, l) if l != ZERO else ZERO
+        rescale_O(rO, ralpha)
+        put_O(sQ, w0, side * COLUMNS, rO)  # nobody else reads these rows of Q
+        if PAIRS:
+            cuda.syncthreads()
+        cuda.syncwarp()
+        mine = w0 + side * (ROWS // SHARE)
+        store_O(Oh, i0 + mine, N_q, sQ, mine, lane)
 
-            # O = diag(l)⁻¹ O,  LSE = m + log l
-            for mi in range(MI):
-                for g in range(2):
-                    rl[mi, g] = row_sum(rl[mi, g])
-            if PAIRS:
-                cuda.syncthreads()
-                exchange(rx, rl, sx, warp, lane)
-            for mi in range(MI):
-                for g in range(2):
-                    row = i0 + w0 + 16 * mi + 8 * g + lane // 4
-                    l = rl[mi, g] + rx[mi, g] if PAIRS else rl[mi, g]
-                    if lane % 4 == 0 and side == 0 and row < N_q:
-                        LSE[b, h, row] = (rm[mi, g] + log2(l)) * LN_2 if l != ZERO else NEG_INF
-                    ralpha[mi, g] = divide(ONE, l) if l != ZERO else ZERO
-            rescale_O(rO, ralpha)
-            put_O(sQ, w0, side * COLUMNS, rO)  # nobody else reads these rows of Q
-            if PAIRS:
-                cuda.syncthreads()
-            cuda.syncwarp()
-            mine = w0 + side * (ROWS // SHARE)
-            store_O(Oh, i0 + mine, N_q, sQ, mine, lane)
-
-        return Launch(fwd_v2_mma, warps.threads, shared.bytes, blocks=s.blocks, tile=tile)
-
-    plain, scored = kernel(False), kernel(True)
+    run = Launch(fwd_v2_mma, warps.threads, shared.bytes, blocks=s.blocks, tile=tile)
 
     def launch(problem, Q, K, V, mask, O, LSE):
         most, (lo, hi) = problem.N_q + problem.N_k, problem.mask.band(problem.N_q, problem.N_k)
         heads = problem.B * problem.H
-        run, unit = plain, problem.scale * float(LOG2_E)
-        if problem.softcap > 0 or problem.scale <= 0:
-            run, unit = scored, float(LOG2_E)
+        scale, unit = scale_and_unit(problem)
         section = problem.group * heads_a_section(problem.B * problem.H_kv, 4 * problem.N_k * d)
         run(
             -(-problem.N_q // Br) * heads, addressable(Q), addressable(K), addressable(V), O, LSE,
-            problem.scale, problem.softcap, unit, max(lo, -most), min(hi, most), section,
+            scale, problem.softcap, unit, max(lo, -most), min(hi, most), section,
         )  # fmt: skip
 
     return launch
