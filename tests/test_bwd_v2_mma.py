@@ -91,9 +91,29 @@ def test_any_strides(layout):
     check(problem, gate.Inputs(q, k, v, None, dO))
 
 
-@pytest.mark.parametrize("scale, softcap", [(1e-3, 15.0), (0.0, 0.0), (-0.3, 0.0), (-0.3, 2.0), (None, 0.7)])
-def test_scales_and_softcaps(scale, softcap):
-    check(Problem(1, 2, 1, 24, 24, 16, "fp16", scale, Mask(True), softcap))
+KINDS = [VARIANT, bwd_v2_mma.turned(roles=2), bwd_v2_mma_deterministic.VARIANT]
+
+
+@pytest.mark.parametrize("variant", KINDS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "scale, softcap",
+    [(1e-3, 15.0), (0.0, 0.0), (-0.0, 0.0), (-1e-60, 0.0), (-0.3, 0.0), (-0.3, 2.0), (None, 0.7)],
+)
+def test_scales_and_softcaps(scale, softcap, variant):
+    check(Problem(1, 2, 1, 40, 37, 32, "fp16", scale, Mask(True), softcap), tile=Tile(32, 32), variant=variant)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_scales_not_above_0_of_non_finite_inputs(which, value, scale):
+    """0·inf is NaN, whether the inf is in K, which becomes 0, or in Q."""
+    problem = Problem(1, 1, 1, 20, 40, 32, "bf16", scale)
+    x = gate.gaussian(problem, 4, target.torch_device()).named()
+    x[which] = x[which].clone()
+    x[which][0, 5, 0, 2] = value
+    for variant in KINDS:
+        check(problem, gate.Inputs(**x), Tile(32, 32), variant=variant)
 
 
 @pytest.mark.parametrize("d, variant", [(144, VARIANT), (176, VARIANT), (144, bwd_v2_mma_deterministic.VARIANT)])
