@@ -55,7 +55,7 @@ DEFECTS = {
     ),
     "O overwritten while it leaves": (ROWS, "if (O_APART && threadIdx.x % 128 == 0) copies_out_read();", "", None),
     "O never waited for": (
-        CU, f"rS);{NL}if (threadIdx.x % 128 == 0) copies_out_read();\n", "rS);\n", "never waited for",
+        CU, f"turn);{NL}if (threadIdx.x % 128 == 0) copies_out_read();\n", "turn);\n", "never waited for",
     ),
     "Q given back while it is read": (
         CU, f"{S_WAIT}{NL}{IN_SOFTMAX}{NL}{K_FREE}", f"{Q_FREE}{NL}{S_WAIT}{NL}K.release(), K.next();", None,
@@ -88,7 +88,7 @@ DEFECTS = {
     "a row block replaced while it is read": (PRODUCERS, "deal.next.told.acquire(), deal.draw()", "deal.draw()", None),
     "a counter that is not put back": (SCHEDULER, "*counter = 0", "", "counter was left at"),
     "a product never waited for": (
-        CU, "        products_wait<0>(rS);\n        if (threadIdx", "        if (threadIdx", "never waited for",
+        CU, "        products_wait<0>(rS);\n        for (; more", "        for (; more", "never waited for",
     ),
     "O finished while it is computed": (CU, "products_wait<0>(rO);\n            release_V", "release_V", None),
     "loader: a stage that others still read": (

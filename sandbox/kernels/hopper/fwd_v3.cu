@@ -45,8 +45,8 @@ struct Consumer : Rows {
         load.first_K(Q, K);
         trace.enter(FOR_WORK);
         bool more = hear(next);
-        begin(more);
-        while (more) {
+        begin(more && present());
+        while (more && present()) {
             load.first_V(V, w);
             softmax = {};
 #pragma unroll
@@ -58,11 +58,12 @@ struct Consumer : Rows {
             finish();
             const Work done = w;
             trace.enter(FOR_WORK), more = hear(next);
-            begin(more);
+            begin(more && present());
             load.send_O(done), tell(softmax, done);  // under the next rows' first product
         }
         trace.leave();
         products_wait<0>(rS);
+        for (; more; more = hear(next)) pass_by(Q, K, V, turn);
         if (threadIdx.x % 128 == 0) copies_out_read();
     }
 

@@ -48,8 +48,8 @@ struct Consumer : Rows {
         Next next{&s.slot, s.told};
         trace.enter(FOR_WORK);
         bool more = hear(next);
-        begin(more);
-        while (more) {
+        begin(more && present());
+        while (more && present()) {
             take_scales();
             softmax = {};
 #pragma unroll
@@ -60,11 +60,12 @@ struct Consumer : Rows {
             finish();
             const Work done = w;
             trace.enter(FOR_WORK), more = hear(next);
-            begin(more);
+            begin(more && present());
             tell(softmax, done);  // under the next rows' first product
         }
         trace.leave();
         products_wait<0>(rS);
+        for (; more; more = hear(next)) pass_by(Q, K, V, turn);
         if (threadIdx.x % 128 == 0) copies_out_read();
     }
 

@@ -53,6 +53,24 @@ struct Rows {
         return more;
     }
 
+    // Whether the row block has rows of this warpgroup.  With no band only the last ones may have none (Order).
+    DEVICE bool present() const { return BANDED || !WARP_SPECIALIZED || i0 < shape.N_q; }
+
+    // One that has none: the others go on as if it computed.
+    template <class Turn>
+    DEVICE void pass_by(Ring<1> &Q, Ring<STAGES> &K, Ring<STAGES> &V, const Turn &turn) const {
+        Q.skip();
+#pragma unroll 1
+        for (int j = w.end - 1; j >= w.first; --j) {
+            K.skip();
+            if (j < w.end - 1) turn.wait(), turn.pass();
+            V.skip();
+        }
+        if (O_APART) return;
+        named_sync(FIRST_NAME + WARPGROUPS, 128 * WARPGROUPS);
+        if (threadIdx.x % 128 == 0) barrier_arrive(shared_address(s.O_here));
+    }
+
     // Where this lane's row of the c-th 32 bytes of a tile [64, ·] lies: its first 16 bytes, or the others.
     template <int Width = 128>
     DEVICE u32 columns_at(u32 tile, int c) const {

@@ -24,9 +24,10 @@ DEVICE Work first_lane(u32 lanes, const Work &w) {
             first_lane(lanes, w.batch), first_lane(lanes, w.first), first_lane(lanes, w.end)};
 }
 
-// Row blocks in the order they are to be begun.  Under a band, the rows that see most come first (longest processing time
-// first), in sections of heads so that K and V are read from L2; and where Br does not divide the rows, it is the first
-// row block that goes over their edge, by whole warpgroups: it sees least.
+// Row blocks in the order they are to be begun, those that take longest first.  Under a band, the rows that see most, in
+// sections of heads so that K and V are read from L2; and where Br does not divide the rows, it is the first row block
+// that goes over their edge, by whole warpgroups: it sees least.  With no band, it is the last one, and those of all heads
+// come last: they fill up what whole ones leave of the last wave.
 template <int Br, int Bc, bool Banded>
 struct Order {
     const Shape &shape;
@@ -44,7 +45,8 @@ struct Order {
             const int heads = min(shape.section, shape.heads - start), place = index - start * Tr;
             i = Tr - 1 - place / heads, bh = start + place % heads;
         } else {
-            i = index % Tr, bh = index / Tr;
+            const int whole = shape.N_q / Br, part = index - whole * shape.heads;
+            i = part < 0 ? index % whole : whole, bh = part < 0 ? index / whole : part;
         }
         const int i0 = i * Br - before(), head = bh % shape.H;
         int first = 0, end = shape.N_k;
