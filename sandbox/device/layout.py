@@ -18,6 +18,7 @@ from ..problem import Problem
 from ..variant import Device, Infeasible, Tile, Unsupported
 from .estimate import Pace, lines, steps_along_rows
 from .mma import Shared16
+from .sections import heads_a_section
 
 TILES = (
     *(Tile(Br, Bc) for Br in (16, 32) for Bc in (16, 32)),  # where a GPU is simulated, or nearly idle
@@ -181,7 +182,8 @@ def usual_tile(name: str, other: str, problem: Problem, device: Device, **turned
     if device.simulated or problem.softcap > 0:
         return tile
     heads, known = problem.B * problem.H_kv, paces(name, other, problem.kind, device)
-    times = {tile: pace.clocks(steps_along_rows(problem, tile), heads, device) for tile, pace in known.items()}
+    grid = heads, heads_a_section(heads, 8 * problem.N_q * problem.d * problem.group), device
+    times = {tile: pace.clocks(steps_along_rows(problem, tile), *grid) for tile, pace in known.items()}
     return min(times, key=times.get)
 
 
@@ -201,12 +203,12 @@ def largest(name: str, other: str, problem: Problem, device: Device, **turned) -
 
 @cache
 def paces(name: str, other: str, problem: Problem, device: Device) -> dict[Tile, Pace]:
-    """Of the largest tile that fits, of 128 x 64, and of others with 32 registers a thread to spare."""
+    """Of the largest tile that fits, of 128 x 64, and of others with 24 registers a thread to spare."""
     usual, found = (largest(name, other, problem, device), Tile(128, 64)), {}
     for tile in (*usual, *(tile for tile in TILES if tile.Br * tile.Bc <= 16_384)):
         with suppress(Infeasible):
             check(name, other, problem, tile, device)
-            if tile in usual or chosen(problem, tile, device, roles=1).registers(False) <= REGISTERS - 32:
+            if tile in usual or chosen(problem, tile, device, roles=1).registers(False) <= REGISTERS - 24:
                 found[tile] = pace(problem, tile, device)
     return found
 
