@@ -56,30 +56,28 @@ class Pace:
         begun, left = self.in_turn(steps, heads, max(1, min(section, heads)), together, device)
         # Blocks that share a multiprocessor tend to end together, and the last then come together where they were, not
         # one a multiprocessor: half way between
-        shared = np.sort(left.reshape(-1, together))[:, ::-1].T.ravel()
-        return (
-            begun + (self.at_once(shared, together, device) + self.at_once(np.sort(left)[::-1], together, device)) / 2
-        )
+        shared, apart = np.sort(left.reshape(-1, together))[:, ::-1].T.ravel(), np.sort(left)[::-1]
+        return begun + (self.at_once(shared, together, device) + self.at_once(apart, together, device)) / 2
 
     def in_turn(self, steps: np.ndarray, heads: int, section: int, together: int, device: Device):
         """When the last block begins, and the steps that are left then in each place, where an edge counts as steps.
         Each block takes the place that is the first to be free; place j is of multiprocessor j // together."""
         slots, step = device.sms * together, self.step(together)
         cost, blocks = np.rint(steps * step + self.edges).astype(np.int64), heads * len(steps)
-        followed = blocks - max(0, blocks // slots - WAVES) * slots
+        waves = WAVES if cost[0] > cost[-1] else 1  # equal ones come wave by wave
+        followed = blocks - max(0, blocks // slots - waves) * slots
         sections = min(heads // section, -(-followed // (section * len(cost))))
         clocks = np.concatenate([np.tile(np.repeat(cost, section), sections), np.repeat(cost, heads % section)])
         clocks = clocks[-followed:]
-        first, later = clocks[:slots].reshape(together, -1).T.ravel(), clocks[slots:]  # one each, then a second
-        places, last = [(clock, j) for j, clock in enumerate(first.tolist())], 0
+        first = clocks[:slots].reshape(together, -1).T.ravel()  # one a multiprocessor, then a second each
+        places, last = (first * slots + np.arange(slots)).tolist(), 0  # when free · slots + j
         heapq.heapify(places)
-        for clock in later.tolist():
-            last, j = places[0]
-            heapq.heapreplace(places, (last + clock, j))
-        ends = np.empty(slots)
-        for clock, j in places:
-            ends[j] = clock
-        return (heads * cost.sum() - clocks.sum()) / slots + last, np.maximum(0, ends - last) / step
+        for clock in (clocks[slots:] * slots).tolist():
+            last = places[0]
+            heapq.heapreplace(places, last + clock)
+        when, j = np.divmod(places, slots)
+        begun = last // slots
+        return (heads * cost.sum() - clocks.sum()) / slots + begun, np.maximum(0, when[np.argsort(j)] - begun) / step
 
     def at_once(self, steps: np.ndarray, together: int, device: Device) -> float:
         """Clocks of the busiest multiprocessor, where all blocks have room: each gets one, then each a second, and so

@@ -125,7 +125,7 @@ def usual(problem, device) -> Tile:
 def paces(problem, device) -> dict[Tile, Pace]:
     """Of the tiles that fit, leave 60 registers a thread beside S and O, or 56 where a step has 32 keys, and give each
     quarter of a multiprocessor as many warps; without the largest, which were the best at one shape of 74, and without
-    256 x 32, whose eight warps meet every 32 keys: up to a third slower than estimated, the best at none of 111."""
+    256 x 32, where eight warps wait for each other every 32 keys, slower than estimated: the best at none of 37."""
     found = {}
     for tile in TILES:
         s = chosen(problem, tile, device)
@@ -133,12 +133,8 @@ def paces(problem, device) -> dict[Tile, Pace]:
         with suppress(Infeasible):
             fit(problem, tile, device)
             roomy = registers(warps, s.blocks) - need >= (56 if tile.Bc == 32 else 60)
-            if (
-                roomy
-                and warps % 4 == 0
-                and tile != Tile(256, 32)
-                and tile.Br * tile.Bc <= (12_288 if problem.d < 64 else 24_576)
-            ):
+            small = tile.Br * tile.Bc <= (12_288 if problem.d < 64 else 24_576)
+            if roomy and small and warps % 4 == 0 and tile != Tile(256, 32):
                 found[tile] = pace(problem, tile, device)
     return found
 
