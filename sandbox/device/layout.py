@@ -9,6 +9,7 @@ Tiles have `wide` columns: d, and zeros where warps could not share those evenly
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -223,6 +224,7 @@ def pace(problem: Problem, tile: Tile, device: Device) -> Pace:
     own = 4 * a.side * a.queries * a.columns + 4 * (a.side - 1) * a.rows * a.queries
     reads = a.warps * (parts * (scores + own) + 2 * Bc * (a.rows_dQ + a.columns_dQ)) + 2 * Bc * Br * min(2, a.side)
     busy = 32 * a.barriers + 153 * parts + (0.0103 * Br * Bc * d + 0.0191 * reads + 0.115 * Br * d) / a.warps
+    busy *= 1 + 0.06 * (a.barriers - 1) * math.log2(a.side)  # warps that share keys wait for more others, twice a step
     return Pace(a.warps, a.blocks, busy, 0, 4240 + 0.434 * Bc * d, 2.31 * 2 * lines(Br, d, a.warps))
 
 
