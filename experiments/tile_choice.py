@@ -1,7 +1,8 @@
 """How far from the best is the tile that choose_tile takes, on shapes that it was not tuned on?
 
 At each shape every tile of the kernel is timed, in turns, beside the chosen one.  The kernels on the tensor cores were
-tuned on others; those below were drawn at random before.  Each tile passes the gate at a small shape of its kind first.
+tuned on others; those below were drawn at random, and measured afterwards.  Each tile passes the gate at a small shape
+of its kind first.
 """
 
 from __future__ import annotations
