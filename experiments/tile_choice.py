@@ -1,8 +1,8 @@
 """How far from the best is the tile that choose_tile takes, on shapes that it was not tuned on?
 
 At each shape every tile of the kernel is timed, in turns, beside the chosen one.  The kernels on the tensor cores were
-tuned on others, measured on an H200; those below were drawn at random before.  Each tile passes the gate at a small
-shape of its kind first.
+tuned on others; those below were drawn at random, and measured afterwards.  Each tile passes the gate at a small shape
+of its kind first.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from .common import Experiment
 
 SHAPES = {  # (d, causal, B·H, N)
     "fwd": (
-        (48, True, 4, 3600), (48, True, 21, 4900), (48, True, 22, 1100), (64, False, 11, 5500), (64, False, 15, 5000),
-        (64, False, 54, 1700), (64, True, 8, 2600), (64, True, 27, 3900), (64, True, 70, 1100), (128, False, 6, 5500),
-        (128, False, 70, 3900), (128, False, 80, 1400), (128, True, 6, 900), (128, True, 38, 1200),
-        (128, True, 70, 1900), (144, False, 8, 3600), (144, False, 14, 8200), (144, False, 118, 2900),
-        (192, False, 4, 1500), (192, False, 40, 4000), (192, False, 101, 2300), (256, True, 32, 650),
-        (256, True, 34, 1200), (256, True, 91, 2400),
+        (64, True, 20, 7950), (64, True, 7, 900), (64, True, 31, 4250), (80, False, 22, 3950), (80, False, 65, 550),
+        (80, False, 19, 7450), (96, False, 87, 4200), (96, False, 122, 2400), (96, False, 10, 3750),
+        (128, False, 25, 2000), (128, False, 9, 2200), (128, False, 15, 1050), (128, True, 97, 1100),
+        (128, True, 17, 750), (128, True, 36, 1000), (144, True, 59, 2200), (144, True, 6, 3800),
+        (144, True, 42, 650), (208, False, 6, 3550), (208, False, 22, 2650), (208, False, 5, 6100),
+        (256, True, 75, 3800), (256, True, 71, 950), (256, True, 13, 3000),
     ),
     "bwd": (
-        (64, False, 6, 3600), (64, False, 12, 900), (64, False, 22, 760), (64, True, 8, 6700), (64, True, 48, 520),
-        (64, True, 64, 530), (112, True, 13, 7500), (112, True, 15, 1600), (112, True, 36, 1300),
-        (128, False, 5, 1800), (128, False, 6, 10000), (128, False, 57, 1600), (128, True, 20, 6000),
-        (128, True, 68, 2400), (128, True, 131, 1000), (144, False, 17, 650), (144, False, 21, 4100),
-        (144, False, 57, 1100), (256, False, 6, 2900), (256, False, 14, 1100), (256, False, 23, 5200),
+        (64, True, 21, 3750), (64, True, 7, 950), (64, True, 83, 650), (80, False, 12, 6900), (80, False, 48, 1150),
+        (80, False, 31, 850), (128, False, 5, 2500), (128, False, 9, 650), (128, False, 132, 600),
+        (128, True, 84, 750), (128, True, 16, 600), (128, True, 105, 1950), (160, False, 39, 1650),
+        (160, False, 7, 800), (160, False, 44, 750), (224, True, 20, 2000), (224, True, 59, 1800),
+        (224, True, 47, 750), (256, False, 8, 6700), (256, False, 11, 1050), (256, False, 9, 2150),
     ),
 }  # fmt: skip
 VARIANTS = ("fwd_v2_mma", "bwd_v2_mma")

@@ -9,6 +9,7 @@ evenly.
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import numpy as np
 from ..problem import Problem
 from ..variant import Device, Tile
 
-ALONE, LAST = 1.4, 0.6  # of a mean block, at the end of a grid of uneven ones: what runs alone, what others wait for
+WAVES = 8  # of blocks, the last of a grid, that are followed one by one
 TOGETHER = 0.22  # of what a warp is busy: how much later a block's barrier is for each other warp in the same quarter
 
 
@@ -44,30 +45,44 @@ class Pace:
         alone = self.busy * (1 + TOGETHER * (own - 1)) + self.waits
         return math.hypot(self.busy * quarter, self.copies * blocks, alone)
 
-    def clocks(self, steps: np.ndarray, heads: int, device: Device) -> float:
-        """Of a grid whose blocks have so many steps in each head."""
-        blocks, most, mean = heads * len(steps), int(steps.max(initial=0)), float(steps.mean()) if len(steps) else 0.0
+    def clocks(self, steps: np.ndarray, heads: int, section: int, device: Device) -> float:
+        """Of a grid whose blocks have so many steps in each head; so many heads a section, its longest blocks first."""
+        blocks, steps = heads * len(steps), np.sort(steps)[::-1]
         if blocks == 0:
             return 0.0
         together = max(1, min(self.blocks, -(-blocks // device.sms)))
         if blocks <= device.sms * together:
-            return self.at_once(np.sort(np.repeat(steps, heads))[::-1], together, device) + self.edges
-        if most == mean:
-            waves, rest = divmod(blocks, device.sms * self.blocks)
-            whole = waves * (most * self.step(self.blocks) + self.edges)
-            return whole + (most * self.step(-(-rest // device.sms)) + self.edges) * (rest > 0)
-        # Those of most steps come first, so that all multiprocessors end at about the same time; not quite, where the
-        # last blocks, the shorter the more there were, find fewer beside them
-        alone, each = self.step(1), self.step(together) / together
-        even = blocks * (mean * each + self.edges / together) / device.sms
-        short = min(1.0, device.sms * together / blocks) ** 0.75
-        last = short * mean * (ALONE * (alone - each) + LAST * each) * (together > 1)
-        return max(even + last, most * alone + self.edges)
+            return self.at_once(np.repeat(steps, heads), together, device) + self.edges
+        begun, left = self.in_turn(steps, heads, max(1, min(section, heads)), together, device)
+        # Blocks that share a multiprocessor tend to end together, and the last then come together where they were, not
+        # one a multiprocessor: half way between
+        shared, apart = np.sort(left.reshape(-1, together))[:, ::-1].T.ravel(), np.sort(left)[::-1]
+        return begun + (self.at_once(shared, together, device) + self.at_once(apart, together, device)) / 2
+
+    def in_turn(self, steps: np.ndarray, heads: int, section: int, together: int, device: Device):
+        """When the last block begins, and the steps that are left then in each place, where an edge counts as steps.
+        Each block takes the place that is the first to be free; place j is of multiprocessor j // together."""
+        slots, step = device.sms * together, self.step(together)
+        cost, blocks = np.rint(steps * step + self.edges).astype(np.int64), heads * len(steps)
+        waves = WAVES if cost[0] > cost[-1] else 1  # equal ones come wave by wave
+        followed = blocks - max(0, blocks // slots - waves) * slots
+        sections = min(heads // section, -(-followed // (section * len(cost))))
+        clocks = np.concatenate([np.tile(np.repeat(cost, section), sections), np.repeat(cost, heads % section)])
+        clocks = clocks[-followed:]
+        first = clocks[:slots].reshape(together, -1).T.ravel()  # one a multiprocessor, then a second each
+        places, last = (first * slots + np.arange(slots)).tolist(), 0  # when free · slots + j
+        heapq.heapify(places)
+        for clock in (clocks[slots:] * slots).tolist():
+            last = places[0]
+            heapq.heapreplace(places, last + clock)
+        when, j = np.divmod(places, slots)
+        begun = last // slots
+        return (heads * cost.sum() - clocks.sum()) / slots + begun, np.maximum(0, when[np.argsort(j)] - begun) / step
 
     def at_once(self, steps: np.ndarray, together: int, device: Device) -> float:
         """Clocks of the busiest multiprocessor, where all blocks have room: each gets one, then each a second, and so
         on, and those that stay longer have it to themselves."""
-        shares = np.zeros((together + 1) * device.sms, dtype=int)
+        shares = np.zeros((together + 1) * device.sms)
         shares[: len(steps)] = steps
         left = -np.diff(shares.reshape(-1, device.sms), axis=0)  # steps that one, two, ... blocks make together
         return float(max(left.T @ [self.step(n + 1) for n in range(together)]))

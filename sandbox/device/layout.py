@@ -9,6 +9,7 @@ Tiles have `wide` columns: d, and zeros where warps could not share those evenly
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,6 +19,7 @@ from ..problem import Problem
 from ..variant import Device, Infeasible, Tile, Unsupported
 from .estimate import Pace, lines, steps_along_rows
 from .mma import Shared16
+from .sections import heads_a_section
 
 TILES = (
     *(Tile(Br, Bc) for Br in (16, 32) for Bc in (16, 32)),  # where a GPU is simulated, or nearly idle
@@ -181,7 +183,8 @@ def usual_tile(name: str, other: str, problem: Problem, device: Device, **turned
     if device.simulated or problem.softcap > 0:
         return tile
     heads, known = problem.B * problem.H_kv, paces(name, other, problem.kind, device)
-    times = {tile: pace.clocks(steps_along_rows(problem, tile), heads, device) for tile, pace in known.items()}
+    grid = heads, heads_a_section(heads, 8 * problem.N_q * problem.d * problem.group), device
+    times = {tile: pace.clocks(steps_along_rows(problem, tile), *grid) for tile, pace in known.items()}
     return min(times, key=times.get)
 
 
@@ -201,12 +204,12 @@ def largest(name: str, other: str, problem: Problem, device: Device, **turned) -
 
 @cache
 def paces(name: str, other: str, problem: Problem, device: Device) -> dict[Tile, Pace]:
-    """Of the largest tile that fits, of 128 x 64, and of others with 32 registers a thread to spare."""
+    """Of the largest tile that fits, of 128 x 64, and of others with 24 registers a thread to spare."""
     usual, found = (largest(name, other, problem, device), Tile(128, 64)), {}
     for tile in (*usual, *(tile for tile in TILES if tile.Br * tile.Bc <= 16_384)):
         with suppress(Infeasible):
             check(name, other, problem, tile, device)
-            if tile in usual or chosen(problem, tile, device, roles=1).registers(False) <= REGISTERS - 32:
+            if tile in usual or chosen(problem, tile, device, roles=1).registers(False) <= REGISTERS - 24:
                 found[tile] = pace(problem, tile, device)
     return found
 
@@ -221,6 +224,7 @@ def pace(problem: Problem, tile: Tile, device: Device) -> Pace:
     own = 4 * a.side * a.queries * a.columns + 4 * (a.side - 1) * a.rows * a.queries
     reads = a.warps * (parts * (scores + own) + 2 * Bc * (a.rows_dQ + a.columns_dQ)) + 2 * Bc * Br * min(2, a.side)
     busy = 32 * a.barriers + 153 * parts + (0.0103 * Br * Bc * d + 0.0191 * reads + 0.115 * Br * d) / a.warps
+    busy *= 1 + 0.06 * (a.barriers - 1) * math.log2(a.side)  # warps that share keys wait for more others, twice a step
     return Pace(a.warps, a.blocks, busy, 0, 4240 + 0.434 * Bc * d, 2.31 * 2 * lines(Br, d, a.warps))
 
 

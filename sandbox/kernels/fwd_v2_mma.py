@@ -112,8 +112,8 @@ def usual(problem, device) -> Tile:
     if device.simulated:
         tile = Tile(16, 16)
     elif problem.softcap == 0:
-        heads, known = problem.B * problem.H, paces(problem.kind, device)
-        times = {tile: pace.clocks(steps_along_keys(problem, tile), heads, device) for tile, pace in known.items()}
+        grid, known = (problem.B * problem.H, section_of(problem), device), paces(problem.kind, device)
+        times = {tile: pace.clocks(steps_along_keys(problem, tile), *grid) for tile, pace in known.items()}
         tile = min(times, key=times.get, default=tile)
     elif 2 * problem.B * problem.H * -(-problem.N_q // 128) <= device.sms:
         tile = Tile(64, 64)
@@ -124,7 +124,8 @@ def usual(problem, device) -> Tile:
 @cache
 def paces(problem, device) -> dict[Tile, Pace]:
     """Of the tiles that fit, leave 60 registers a thread beside S and O, or 56 where a step has 32 keys, and give each
-    quarter of a multiprocessor as many warps; without the largest, which were the best at one shape of 74."""
+    quarter of a multiprocessor as many warps; without the largest, which were the best at one shape of 74, and without
+    256 x 32, where eight warps wait for each other every 32 keys, slower than estimated: the best at none of 37."""
     found = {}
     for tile in TILES:
         s = chosen(problem, tile, device)
@@ -132,7 +133,8 @@ def paces(problem, device) -> dict[Tile, Pace]:
         with suppress(Infeasible):
             fit(problem, tile, device)
             roomy = registers(warps, s.blocks) - need >= (56 if tile.Bc == 32 else 60)
-            if roomy and warps % 4 == 0 and tile.Br * tile.Bc <= (12_288 if problem.d < 64 else 24_576):
+            small = tile.Br * tile.Bc <= (12_288 if problem.d < 64 else 24_576)
+            if roomy and small and warps % 4 == 0 and tile != Tile(256, 32):
                 found[tile] = pace(problem, tile, device)
     return found
 
@@ -145,6 +147,11 @@ def pace(problem, tile, device) -> Pace:
     blocks = (device.shared + 1024) // (shared_tiles(problem, tile, s).bytes + 1024)
     edges, copies = 630 + 0.343 * Br * d + 3060 * s.pairs, 1.12 * 2 * lines(Bc, d, s.warps(Br))
     return Pace(s.warps(Br), max(1, min(s.blocks, blocks)), busy, 275, edges, copies)
+
+
+def section_of(problem) -> int:
+    """How many heads are worked on at a time."""
+    return problem.group * heads_a_section(problem.B * problem.H_kv, 4 * problem.N_k * problem.d)
 
 
 def build(problem, tile, device, **turned):
@@ -315,10 +322,9 @@ def build(problem, tile, device, **turned):
         most, (lo, hi) = problem.N_q + problem.N_k, problem.mask.band(problem.N_q, problem.N_k)
         heads = problem.B * problem.H
         scale, unit = scale_and_unit(problem)
-        section = problem.group * heads_a_section(problem.B * problem.H_kv, 4 * problem.N_k * d)
         run(
             -(-problem.N_q // Br) * heads, addressable(Q), addressable(K), addressable(V), O, LSE,
-            scale, problem.softcap, unit, max(lo, -most), min(hi, most), section,
+            scale, problem.softcap, unit, max(lo, -most), min(hi, most), section_of(problem),
         )  # fmt: skip
 
     return launch
