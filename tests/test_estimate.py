@@ -57,6 +57,19 @@ def test_more_to_do_takes_no_less_time(pace, steps, heads, section):
     )  # no faster than its longest block, or its four quarters
 
 
+@given(
+    found=st.dictionaries(st.sampled_from(fwd_v2_mma.TILES), paces, min_size=1, max_size=6), N=st.integers(1, 3000),
+    causal=st.booleans(), heads=st.integers(1, 200),
+)  # fmt: skip
+def test_the_quickest_is_as_good_as_any_and_the_largest_of_those(found, N, causal, heads):
+    problem = Problem(1, heads, heads, N, N, 64, "bf16", mask=Mask(causal))
+    steps = {tile: estimate.steps_along_keys(problem, tile) for tile in found}
+    clocks = {tile: pace.clocks(steps[tile], heads, heads, HOPPER) for tile, pace in found.items()}
+    assert all(pace.even(steps[tile], heads, HOPPER) <= clocks[tile] * 1.001 for tile, pace in found.items())
+    as_good = [tile for tile in found if clocks[tile] <= min(clocks.values()) * (1 + estimate.AS_GOOD)]
+    assert estimate.quickest(steps, found, heads, heads, HOPPER) == max(as_good, key=lambda t: (t.Br * t.Bc, t))
+
+
 def test_equal_blocks_come_in_waves():
     pace, one = Pace(4, 1, 300.0, 100.0, 0.0), np.full(1, 10)
     alone = pace.clocks(one, 1, 1, HOPPER)

@@ -19,6 +19,7 @@ from ..problem import Problem
 from ..variant import Device, Tile
 
 WAVES = 8  # of blocks, the last of a grid, that are followed one by one
+AS_GOOD = 0.01  # of the least time: what estimates cannot tell apart
 TOGETHER = 0.22  # of what a warp is busy: how much later a block's barrier is for each other warp in the same quarter
 
 
@@ -59,6 +60,12 @@ class Pace:
         shared, apart = np.sort(left.reshape(-1, together))[:, ::-1].T.ravel(), np.sort(left)[::-1]
         return begun + (self.at_once(shared, together, device) + self.at_once(apart, together, device)) / 2
 
+    def even(self, steps: np.ndarray, heads: int, device: Device) -> float:
+        """Of such a grid at the least: all multiprocessors are full until all end at once."""
+        together = max(1, min(self.blocks, -(-heads * len(steps) // device.sms)))
+        clocks = float((steps * self.step(together) + self.edges).sum())
+        return heads * clocks / (device.sms * together)
+
     def in_turn(self, steps: np.ndarray, heads: int, section: int, together: int, device: Device):
         """When the last block begins, and the steps that are left then in each place, where an edge counts as steps.
         Each block takes the place that is the first to be free; place j is of multiprocessor j // together."""
@@ -86,6 +93,21 @@ class Pace:
         shares[: len(steps)] = steps
         left = -np.diff(shares.reshape(-1, device.sms), axis=0)  # steps that one, two, ... blocks make together
         return float(max(left.T @ [self.step(n + 1) for n in range(together)]))
+
+
+def quickest(steps: dict[Tile, np.ndarray], paces: dict[Tile, Pace], heads: int, section: int, device: Device) -> Tile:
+    """The tile of the least estimated time; of those that an estimate cannot tell from it the largest.
+
+    steps: of a head's blocks.
+    """
+    clocks, least = {}, math.inf
+    bounds = {tile: pace.even(steps[tile], heads, device) for tile, pace in paces.items()}
+    for tile in sorted(paces, key=bounds.get):
+        if bounds[tile] > least * (1 + AS_GOOD):
+            break
+        clocks[tile] = paces[tile].clocks(steps[tile], heads, section, device)
+        least = min(least, clocks[tile])
+    return max((tile for tile in clocks if clocks[tile] <= least * (1 + AS_GOOD)), key=lambda t: (t.Br * t.Bc, t))
 
 
 def steps_along_keys(p: Problem, tile: Tile) -> np.ndarray:

@@ -17,7 +17,7 @@ from itertools import product
 
 from ..problem import Problem
 from ..variant import Device, Infeasible, Tile, Unsupported
-from .estimate import Pace, lines, steps_along_rows
+from .estimate import Pace, lines, quickest, steps_along_rows
 from .mma import Shared16
 from .sections import heads_a_section
 
@@ -183,9 +183,8 @@ def usual_tile(name: str, other: str, problem: Problem, device: Device, **turned
     if device.simulated or problem.softcap > 0:
         return tile
     heads, known = problem.B * problem.H_kv, paces(name, other, problem.kind, device)
-    grid = heads, heads_a_section(heads, 8 * problem.N_q * problem.d * problem.group), device
-    times = {tile: pace.clocks(steps_along_rows(problem, tile), *grid) for tile, pace in known.items()}
-    return min(times, key=times.get)
+    steps = {tile: steps_along_rows(problem, tile) for tile in known}
+    return quickest(steps, known, heads, heads_a_section(heads, 8 * problem.N_q * problem.d * problem.group), device)
 
 
 def largest(name: str, other: str, problem: Problem, device: Device, **turned) -> Tile:

@@ -13,7 +13,7 @@ from functools import cache, partial
 from numba import cuda, float32, int16, int32, uint32
 
 from ..device import Launch, device_function
-from ..device.estimate import Pace, lines, registers, steps_along_keys
+from ..device.estimate import Pace, lines, quickest, registers, steps_along_keys
 from ..device.launch import addressable
 from ..device.mma import Shared16, Warps
 from ..device.ptx import commit_group, named_any, named_barrier, wait_group
@@ -112,9 +112,9 @@ def usual(problem, device) -> Tile:
     if device.simulated:
         tile = Tile(16, 16)
     elif problem.softcap == 0:
-        grid, known = (problem.B * problem.H, section_of(problem), device), paces(problem.kind, device)
-        times = {tile: pace.clocks(steps_along_keys(problem, tile), *grid) for tile, pace in known.items()}
-        tile = min(times, key=times.get, default=tile)
+        if known := paces(problem.kind, device):
+            steps = {tile: steps_along_keys(problem, tile) for tile in known}
+            tile = quickest(steps, known, problem.B * problem.H, section_of(problem), device)
     elif 2 * problem.B * problem.H * -(-problem.N_q // 128) <= device.sms:
         tile = Tile(64, 64)
     fit(problem, tile, device)
