@@ -39,6 +39,11 @@ def shape_of(p: Problem, head_bytes: int) -> Shape:
     return Shape(p.N_q, p.N_k, p.H, p.group, lo, hi, p.B * p.H, section, p.scale, p.softcap)
 
 
+def width(bytes: int) -> int:
+    """Of a panel of rows of so many bytes: 128, 64 or 32, what the copy engine swizzles."""
+    return next(w for w in (128, 64, 32) if bytes % w == 0)
+
+
 @dataclass(frozen=True)
 class Panels:
     """A tensor [batch, N, heads, d] that a kernel copies in boxes of `width` bytes of d x `rows` rows of one head.

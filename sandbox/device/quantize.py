@@ -14,14 +14,14 @@ import torch
 
 from ..problem import NAMES
 from ..quantize import E4M3, HADAMARD, KEYS, KV_BLOCK, Q_BLOCK, Quantized, check_inputs, scale_of, signs
-from .hopper import HEADERS, HopperLaunch, Panels
+from .hopper import HEADERS, HopperLaunch, Panels, width
 from .launch import addressable
 
 FILE = HEADERS / "quantize.cu"
 BLOCKS, AMAX, GIVEN, TRANSPOSE = range(4)  # quantize.cu: Step
 NUMBERS, LANES = 64, 4  # that a thread takes, of a row; threads to a row, at most
 ROWS, MOST_THREADS = 128, 512  # of a thread block: rows at least, where that is whole blocks; and threads
-MOST_IN_A_BOX, PANEL_BYTES = 256, 128  # of the copy engine: rows, and bytes of each
+MOST_IN_A_BOX = 256  # rows, of the copy engine
 
 
 class Side(ctypes.Structure):
@@ -105,9 +105,9 @@ def _launch(defines: tuple) -> HopperLaunch:
     d, q_rows, kv_rows, size = of["HEAD_DIM"], of["Q_ROWS"], of["KV_ROWS"], 1 if of["STEP"] == TRANSPOSE else 2
     rows = max(q_rows, kv_rows)
     shared = rows * d * (size + 1) + 2048  # what comes and what leaves; tiles, scales and to align them
-    read = [Panels(name, _box(n), _width(d * size)) for name, n in (("Q", q_rows), ("K", kv_rows), ("V", kv_rows))]
-    written = [Panels(name, _box(n), _width(d), written=True) for name, n in (("to_Q", q_rows), ("to_K", kv_rows))]
-    parameters = (*read, *written, Panels("to_V", d, _width(kv_rows), written=True), Sides)
+    read = [Panels(name, _box(n), width(d * size)) for name, n in (("Q", q_rows), ("K", kv_rows), ("V", kv_rows))]
+    written = [Panels(name, _box(n), width(d), written=True) for name, n in (("to_Q", q_rows), ("to_K", kv_rows))]
+    parameters = (*read, *written, Panels("to_V", d, width(kv_rows), written=True), Sides)
     return HopperLaunch(FILE, "quantize", rows * d // NUMBERS, shared, of, parameters)
 
 
@@ -129,11 +129,6 @@ def resident(threads: int, step: int) -> int:
 
 def _box(rows: int) -> int:
     return rows if rows <= MOST_IN_A_BOX else rows // 2
-
-
-def _width(bytes: int) -> int:
-    """Of a panel of rows of so many bytes: what the copy engine swizzles."""
-    return next(w for w in (PANEL_BYTES, 64, 32) if bytes % w == 0)
 
 
 def takes(q, k, v, scales: str, q_block: int, kv_block: int) -> bool:

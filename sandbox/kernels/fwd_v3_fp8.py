@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..device.hopper import Counter, HopperLaunch, Output, Panels, Shape, shape_of
+from ..device.hopper import Counter, HopperLaunch, Output, Panels, Shape, shape_of, width
 from ..device.quantize import quantize
 from ..quantize import HADAMARD, Quantized
 from ..variant import Infeasible, Tile, Unsupported, Variant
 
 FILE = Path(__file__).parent / "hopper" / "fwd_v3_fp8.cu"
-WARPGROUP_ROWS, MOST_KEYS, PANEL_BYTES = 64, 256, 128
+WARPGROUP_ROWS, MOST_KEYS = 64, 256
 Q_BLOCK = WARPGROUP_ROWS  # rows of Q that share a scale; of K and V a tile's keys do
 ACCUMULATORS = {2: 208, 3: 132, 4: 80}  # registers a thread has for its tiles, by warpgroups
 TILES = (
@@ -30,11 +30,6 @@ class Scales(ctypes.Structure):
 
     _fields_ = [(name, ctypes.c_void_p) for name in "QKV"]
     _fields_ += [(name, ctypes.c_int) for name in ("q_blocks", "q_rows", "kv_blocks")]
-
-
-def width(bytes: int) -> int:
-    """Of a panel of rows of so many bytes: 128, 64 or 32, what the copy engine swizzles."""
-    return next(w for w in (PANEL_BYTES, 64, 32) if bytes % w == 0)
 
 
 def shared_bytes(d: int, tile: Tile, switches: "Switches") -> int:
