@@ -60,6 +60,12 @@ DEFECTS = {
     "Q given back while it is read": (
         CU, f"{S_WAIT}{NL}{IN_SOFTMAX}{NL}{K_FREE}", f"{Q_FREE}{NL}{S_WAIT}{NL}K.release(), K.next();", None,
     ),
+    "V kept by a warpgroup without rows": (
+        ROWS, f"V.skip();{NL}}}{NL}if (O_APART)", f"}}{NL}if (O_APART)", None,
+    ),
+    "O awaited from a warpgroup without rows": (
+        ROWS, "if (O_APART) return;", "return;", None,
+    ),
     "O seen by nobody": (ROWS, "async_fence();", "", None),
     "a tile asked for before its stage is free": (
         PRODUCERS, "ring.acquire(), ask_V(ring, s, map,", "ask_V(ring, s, map,", None,
@@ -150,7 +156,8 @@ def test_a_defect_is_found(sources, monkeypatch, what):
     text = (sources.parent / name).read_text()
     assert text.count(line) == 1, f"{what}: the line stands there {text.count(line)} times"
     (sources.parent / name).write_text(text.replace(line, instead))
-    problem = Problem(1, 1, 1, 140, 150, 64, "fp16") if what == "keys past the end" else PROBLEM
+    unmasked = what == "keys past the end" or what.endswith("without rows")
+    problem = Problem(1, 1, 1, 140, 150, 64, "fp16") if unmasked else PROBLEM
     turned = LOADER if what.startswith("loader") else {}
     problem = replace(problem, N_q=700) if turned else problem  # more row blocks, more occasions
     problem = replace(problem, N_q=150) if what.endswith("first row") else problem  # a warpgroup has none

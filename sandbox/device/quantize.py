@@ -104,11 +104,13 @@ def _launch(defines: tuple) -> HopperLaunch:
     of = dict(defines)
     d, q_rows, kv_rows, size = of["HEAD_DIM"], of["Q_ROWS"], of["KV_ROWS"], 1 if of["STEP"] == TRANSPOSE else 2
     rows = max(q_rows, kv_rows)
+    threads = rows * d // NUMBERS
+    of["RESIDENT"] = resident(threads, of["STEP"])
     shared = rows * d * (size + 1) + 2048  # what comes and what leaves; tiles, scales and to align them
     read = [Panels(name, _box(n), width(d * size)) for name, n in (("Q", q_rows), ("K", kv_rows), ("V", kv_rows))]
     written = [Panels(name, _box(n), width(d), written=True) for name, n in (("to_Q", q_rows), ("to_K", kv_rows))]
     parameters = (*read, *written, Panels("to_V", d, width(kv_rows), written=True), Sides)
-    return HopperLaunch(FILE, "quantize", rows * d // NUMBERS, shared, of, parameters)
+    return HopperLaunch(FILE, "quantize", threads, shared, of, parameters)
 
 
 def _go(defines: dict[str, int], tensors: tuple, sides: Sides) -> None:
@@ -116,12 +118,12 @@ def _go(defines: dict[str, int], tensors: tuple, sides: Sides) -> None:
     tiles = sides.heads_q * sides.Q.tiles + sides.heads_kv * (sides.K.tiles + sides.V.tiles)
     launch = launch_of(defines)
     *five, V = (x if x.numel() else x.new_zeros(1, 1, KEYS, max(KEYS, x.shape[3])) for x in tensors)
-    room = _multiprocessors(V.device) * resident(launch.threads, defines["STEP"])
+    room = _multiprocessors(V.device) * launch.defines["RESIDENT"]
     launch(min(tiles, room), *five, V.transpose(1, 2), sides)
 
 
 def resident(threads: int, step: int) -> int:
-    """Thread blocks that a multiprocessor has registers for: quantize.cu, RESIDENT."""
+    """Thread blocks that a multiprocessor has registers for."""
     if step == TRANSPOSE:
         return 1024 // threads
     return 1 if threads > 384 else 2 if threads > 192 else 640 // threads

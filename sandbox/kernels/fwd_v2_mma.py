@@ -105,16 +105,14 @@ def fit(problem, tile, device, **turned):
 def usual(problem, device) -> Tile:
     """The tile of the least estimated time, of those that leave registers to spare: ptxas has others spill.
 
-    With a softcap, which was not measured: 128 rows and 64 keys, or 64 rows where blocks of 128 would leave half of the
-    multiprocessors idle.
+    With a softcap, not measured: 128 rows and 64 keys, or 64 rows where blocks of 128 would leave half of the GPU idle.
     """
     tile = Tile(128, 64)
     if device.simulated:
         tile = Tile(16, 16)
-    elif problem.softcap == 0:
-        if known := paces(problem.kind, device):
-            steps = {tile: steps_along_keys(problem, tile) for tile in known}
-            tile = quickest(steps, known, problem.B * problem.H, section_of(problem), device)
+    elif problem.softcap == 0 and (known := paces(problem.kind, device)):
+        steps = {tile: steps_along_keys(problem, tile) for tile in known}
+        tile = quickest(steps, known, problem.B * problem.H, section_of(problem), device)
     elif 2 * problem.B * problem.H * -(-problem.N_q // 128) <= device.sms:
         tile = Tile(64, 64)
     fit(problem, tile, device)
@@ -129,10 +127,10 @@ def paces(problem, device) -> dict[Tile, Pace]:
     found = {}
     for tile in TILES:
         s = chosen(problem, tile, device)
-        warps, need = s.warps(tile.Br), s.registers(problem.d, tile.Bc)
+        warps, beside = s.warps(tile.Br), 56 if tile.Bc == 32 else 60
         with suppress(Infeasible):
             fit(problem, tile, device)
-            roomy = registers(warps, s.blocks) - need >= (56 if tile.Bc == 32 else 60)
+            roomy = registers(warps, s.blocks) - s.registers(problem.d, tile.Bc) >= beside
             small = tile.Br * tile.Bc <= (12_288 if problem.d < 64 else 24_576)
             if roomy and small and warps % 4 == 0 and tile != Tile(256, 32):
                 found[tile] = pace(problem, tile, device)
@@ -320,10 +318,9 @@ def build(problem, tile, device, **turned):
 
     def launch(problem, Q, K, V, mask, O, LSE):
         most, (lo, hi) = problem.N_q + problem.N_k, problem.mask.band(problem.N_q, problem.N_k)
-        heads = problem.B * problem.H
         scale, unit = scale_and_unit(problem)
         run(
-            -(-problem.N_q // Br) * heads, addressable(Q), addressable(K), addressable(V), O, LSE,
+            -(-problem.N_q // Br) * problem.B * problem.H, addressable(Q), addressable(K), addressable(V), O, LSE,
             scale, problem.softcap, unit, max(lo, -most), min(hi, most), section_of(problem),
         )  # fmt: skip
 

@@ -6,7 +6,7 @@
 // its way to where it was, and what became of the one before is on its way out.
 //
 // Compile-time, by -D: HEAD_DIM, Q_ROWS and KV_ROWS (of a thread block), Q_BLOCK and KV_BLOCK (that share a scale, and
-// divide them), BF16, INCOHERENT (Q and K are rotated), STEP:
+// divide them), BF16, INCOHERENT (Q and K are rotated), RESIDENT (thread blocks of a multiprocessor), STEP:
 //
 //     BLOCKS     a scale for each block, from the block itself
 //     AMAX       only the largest number of each head, for a scale that more than a block share
@@ -15,7 +15,6 @@
 #include "numbers.cuh"
 
 constexpr int THREADS = ROWS * LANES;
-constexpr int RESIDENT = STEP == TRANSPOSE ? 1024 / THREADS : THREADS > 384 ? 1 : THREADS > 192 ? 2 : 640 / THREADS;
 constexpr int MOST_IN_A_BOX = 256;    // rows
 constexpr int INFINITE = 0x7F800000;  // as an integer; NaN is more
 
