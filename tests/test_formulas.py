@@ -108,7 +108,7 @@ def walk_v3(w):
 
 def walk_kv_outer(w, skip):
     key_blocks = w.key_blocks or [(0, 0)]
-    for _ in range(w.p.B * w.p.H):
+    for _ in range(w.p.B * w.p.H if w.row_blocks else 0):
         visited = set()
         for j, keys in enumerate(key_blocks):
             blind = [rows for rows in w.row_blocks if not any(w.touches(rows, k) for k in key_blocks)]
@@ -296,6 +296,14 @@ def test_counted_equals_the_formula(name, problem, tile):
 @given(data=st.data())
 def test_counted_equals_the_formula_on_tensor_cores(name, data):
     check_counted(name, *data.draw(launches_on_tensor_cores(catalog.find(name))))
+
+
+@counted_here
+@pytest.mark.parametrize("N_q, N_k", [(0, 70), (3, 0), (0, 0)])
+@pytest.mark.parametrize("name", [name for name in WALKS if name != "fwd_v3"])
+def test_counted_without_rows_or_keys(name, N_q, N_k):
+    tile = next(iter(catalog.find(name).tiles), Tile(16, 16))
+    check_counted(name, Problem(1, 2, 1, N_q, N_k, 32, "fp16"), tile)
 
 
 @counted_here

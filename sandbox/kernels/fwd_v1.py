@@ -144,7 +144,8 @@ def build(problem, tile, device):
         B, N_q, H, d = Q.shape
         O_acc = O if problem.dtype == "fp32" else scratch(B, N_q, H, d, like=Q)
         l, m = scratch(B, H, N_q, like=Q), scratch(B, H, N_q, like=Q)
-        run(B * H, Q, K, V, mask, O, O_acc, l, m, LSE, problem.scale, problem.softcap, lo, hi)
+        heads = B * H if N_q else 0  # without rows there is nothing to do
+        run(heads, Q, K, V, mask, O, O_acc, l, m, LSE, problem.scale, problem.softcap, lo, hi)
 
     return launch
 

@@ -314,8 +314,9 @@ def build(problem, tile, device, **turned):
             run, unit = scored, float(LOG2_E)
         O_acc = scratch(B * H * -(-N_q // Br) * W, 2 * MI * PARTS * 128, like=Q)
         l, m = scratch(B * H, N_q, like=Q), scratch(B * H, N_q, like=Q)
+        heads = B * H if N_q else 0  # without rows there is nothing to do
         run(
-            B * H, addressable(Q), addressable(K), addressable(V), O, O_acc, l, m, LSE,
+            heads, addressable(Q), addressable(K), addressable(V), O, O_acc, l, m, LSE,
             problem.scale, problem.softcap, unit, lo, hi,
         )  # fmt: skip
 

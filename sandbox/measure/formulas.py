@@ -107,8 +107,9 @@ def fwd_v3(p: Problem, tile: Tile):
 
 
 def fwd_v1(p: Problem, tile: Tile):
-    """Every tile is visited; K and V once, while Q, O, l, m pass through global memory at every key block."""
-    heads = p.B * p.H
+    """Every tile is visited; K and V once, while Q, O, l, m pass through global memory at every key block; without
+    rows nothing is launched."""
+    heads = p.B * p.H if p.N_q else 0
     Tc = max(1, walk(p, tile).Tc)  # with no key at all, one empty visit still writes O = 0
     again = (Tc - 1) * p.N_q  # rows that come back: the first visit starts on chip
     reads = {"Q": Tc * p.N_q * p.d, "K": p.N_k * p.d, "V": p.N_k * p.d, "O_acc": again * p.d, "l": again, "m": again}
