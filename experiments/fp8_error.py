@@ -29,6 +29,7 @@ import click
 import torch
 
 from sandbox import algorithms_fp8, emulator, picture, quantize, reference, target
+from sandbox.choose import choose_tile
 from sandbox.kernels import fwd_v3_fp8
 from sandbox.mask import Mask
 from sandbox.measure import gate
@@ -273,7 +274,7 @@ def kernel(point: Point, device: Device) -> tuple[Variant | None, Problem | None
     sizes = (1, point.heads, point.heads, point.N, point.N, d)
     problem = Problem(*sizes, "fp16", scale=point.d**-0.5, mask=Mask(point.causal))
     try:
-        tile = variant.usual(problem, device)
+        tile = choose_tile(problem, device, variant)
     except Unsupported:  # no Hopper
         return None, None, None
     if not device.simulated:
@@ -286,7 +287,7 @@ def compiled(N: int, d: int, device: Device) -> None:
     """The kernels that this N and d take, on every core of the machine at once."""
     problems = [Problem(1, 1, 1, N, N, d, "fp16", mask=Mask(causal)) for causal in (False, True)]
     wanted = [(KERNELS[scales, True], problem) for scales in ("block", "head") for problem in problems]
-    made = [variant.launcher(problem, variant.usual(problem, device), device) for variant, problem in wanted]
+    made = [variant.launcher(problem, choose_tile(problem, device, variant), device) for variant, problem in wanted]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda launcher: launcher.plain.binary(), made))
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sandbox import emulator, quantize, target
+from sandbox.choose import choose_tile
 from sandbox.device.quantize import transpose_keys
 from sandbox.kernels import fwd_v3, fwd_v3_fp8
 from sandbox.mask import Mask
@@ -117,7 +118,7 @@ def plan(device: Device, seqlen, head_dim, seed):
 def tile_of(name: str, problem: Problem, device: Device) -> Tile | None:
     """None where two levels need more registers than there are."""
     try:
-        return OURS[name].usual(problem, device)
+        return choose_tile(problem, device, OURS[name])
     except Infeasible:
         if name != TWO_LEVELS:
             raise
@@ -180,7 +181,7 @@ def gated(name: str, problem: Problem, seed: int) -> tuple[dict, object]:
         if name == PASS:
             return gated_pass(problem, given(problem, seed))
         variant, device = OURS[name], target.device()
-        tile = variant.usual(problem, device)
+        tile = choose_tile(problem, device, variant)
         if name in ROWS:
             return gated_rows(variant.launcher(problem, tile, device), problem, given(problem, seed))
         verdict = gate.check(variant, problem, tile, given(problem, seed), device, quantized=name in ALONE)
@@ -198,7 +199,7 @@ def gated(name: str, problem: Problem, seed: int) -> tuple[dict, object]:
 def gated_pass(problem: Problem, x: gate.Inputs):
     """As `gated`: the pass that comes before the kernel, beside what the reference makes of the same numbers."""
     device = target.device()
-    tile = OURS[FROM_BF16].usual(problem, device)
+    tile = choose_tile(problem, device, OURS[FROM_BF16])
     launcher = OURS[FROM_BF16].launcher(problem, tile, device)
     blocks = {"q_block": fwd_v3_fp8.Q_BLOCK, "kv_block": tile.Bc}
     ours, reference = launcher.quantize(x.q, x.k, x.v), quantize.quantize(x.q, x.k, x.v, **blocks)

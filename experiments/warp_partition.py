@@ -22,6 +22,7 @@ from contextlib import nullcontext
 import click
 
 from sandbox import catalog, picture, target
+from sandbox.choose import choose_tile
 from sandbox.device import simulator
 from sandbox.kernels import fwd_v1_mma, fwd_v2_mma, fwd_v2_mma_split_k
 from sandbox.mask import Mask
@@ -88,17 +89,17 @@ def candidates(problem: Problem, device: Device) -> list[tuple[str, str, Tile]]:
     if device.simulated:
         return [*found, (V1, v1, tile)]
     found += [
-        (SPLIT_Q, q, usual(fwd_v2_mma, problem, device) or tile),
+        (SPLIT_Q, q, usual(fwd_v2_mma.VARIANT, problem, device) or tile),
         (SPLIT_K, f"{k} rows=16", tile),
         (SPLIT_K, k, longer),
     ]
-    best = usual(fwd_v1_mma, problem, device) or tile
+    best = usual(fwd_v1_mma.VARIANT, problem, device) or tile
     return found + [(V1, f"{v1} rows=16", tile), (V1, f"{v1} stages=1 rows=16", tile), (V1, v1, best)]
 
 
 def usual(kernel, problem: Problem, device: Device) -> Tile | None:
     try:
-        return kernel.usual(problem, device)
+        return choose_tile(problem, device, kernel)
     except Infeasible:
         return None
 

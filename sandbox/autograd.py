@@ -34,7 +34,8 @@ def attention(
     mask     bool, broadcastable to (batch, heads, N_q, N_k), True = seen
     softcap  c > 0 replaces a score s by c·tanh(s/c)
     scale    1/√head_dim unless given
-    tile     (Br, Bc); chosen for the problem and the device unless given
+    tile     (Br, Bc); None: estimated to be the fastest for the problem and the device; 'measured': the fastest of the
+             few best estimated, timed at the first call of such a shape (seconds, on these tensors) and kept on disk
     force    simulate a call that is estimated to take longer than two minutes
 
     Returns O like q; with return_lse also LSE (batch, heads, N_q), float32, natural log, -inf for a row that sees
@@ -50,13 +51,10 @@ def attention(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if needs_grad:
         backward = catalog.backward_of(forward, torch.are_deterministic_algorithms_enabled())
-        backward_tile = tile_of(tile, problem, device, backward)
+        backward_tile = _tile(tile, problem, device, backward, lambda: _of_backward(plan, q, k, v, mask))
     if device.simulated and not force:
         refuse_if_slow(problem, "fwd" if not needs_grad else "fwd+bwd", forward.pace)
-    if mask is None:
-        seen = everything(q.device, problem.B, problem.H)
-    else:
-        seen = mask.expand(problem.B, problem.H, problem.N_q, problem.N_k)
+    seen = _seen(q, mask, problem)
     if needs_grad:
         O, LSE = _Attention.apply(q, k, v, seen, plan, device, backward, backward_tile)
     elif forward_ad._current_level >= 0:  # torch says that there is no jvp, should one be asked for
@@ -96,7 +94,8 @@ def _plan(forward, device, q, k, v, mask, tile, causal, align, window, softcap, 
         q, k, v, causal=causal, align=align, window=window, mask=mask, softcap=softcap, scale=scale
     )  # fmt: skip
     check_place(q, device)
-    plan = Plan(problem, forward.launcher(problem, tile_of(tile, problem, device, forward), device))
+    tile = _tile(tile, problem, device, forward, lambda: _of_forward(problem, q, k, v, mask))
+    plan = Plan(problem, forward.launcher(problem, tile, device))
     if key is not None:
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
@@ -146,18 +145,53 @@ def tile_of(tile, problem, device, variant) -> Tile:
     elif isinstance(tile, (tuple, list)) and len(tile) == 2:
         chosen = Tile(*tile)
     else:
-        raise TypeError(f"tile={tile!r}: expected a pair (Br, Bc) of integers, or None")
+        raise TypeError(f"tile={tile!r}: expected a pair (Br, Bc) of integers, None, or in attention() 'measured'")
     variant.fit(problem, chosen, device)
     return chosen
 
 
+def _tile(tile, problem, device, variant, tensors: Callable) -> Tile:
+    """As tile_of; for 'measured' the fastest on the tensors of a launch."""
+    if not isinstance(tile, str) or tile != "measured":
+        return tile_of(tile, problem, device, variant)
+    from .measure.fastest import fastest
+
+    return fastest(problem, variant, device, tensors)
+
+
+def _seen(q, mask, problem) -> torch.Tensor:
+    """The mask [B, H, N_q, N_k], or one that hides nothing."""
+    if mask is None:
+        return everything(q.device, problem.B, problem.H)
+    return mask.expand(problem.B, problem.H, problem.N_q, problem.N_k)
+
+
+def _of_forward(problem, q, k, v, mask) -> list[torch.Tensor]:
+    """What a forward's launch takes, detached; with outputs of its own."""
+    q, k, v = (x.detach() for x in (q, k, v))
+    return [q, k, v, _seen(q, mask, problem), *_outputs(q)]
+
+
+def _of_backward(plan: Plan, q, k, v, mask) -> list[torch.Tensor]:
+    """What a backward's launch takes, detached, with O for dO; with outputs of its own."""
+    tensors = _of_forward(plan.problem, q, k, v, mask)
+    with on(q.device):
+        plan.launch(plan.problem, *tensors)
+    O, gradients = tensors[-2], (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return [*tensors, O, *gradients]
+
+
 def _forward(q, k, v, seen, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    B, N_q, H, d = q.shape
-    O = torch.empty(B, N_q, H, d, dtype=q.dtype, device=q.device)
-    LSE = torch.empty(B, H, N_q, dtype=torch.float32, device=q.device)
+    O, LSE = _outputs(q)
     with on(q.device):
         plan.launch(plan.problem, q, k, v, seen, O, LSE)
     return O, LSE
+
+
+def _outputs(q) -> tuple[torch.Tensor, torch.Tensor]:
+    B, N_q, H, d = q.shape
+    O = torch.empty(B, N_q, H, d, dtype=q.dtype, device=q.device)
+    return O, torch.empty(B, H, N_q, dtype=torch.float32, device=q.device)
 
 
 class _Attention(torch.autograd.Function):

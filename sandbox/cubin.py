@@ -97,10 +97,15 @@ def adopt(folder: Path) -> None:
 def write(file: Path, cubin: bytes, report: Report) -> None:
     """The file appears, or changes, at one instant; or not at all, where it cannot."""
     header = json.dumps({**asdict(report), "sha256": hashlib.sha256(cubin).hexdigest()})
+    appear(file, header.encode() + b"\n" + cubin)
+
+
+def appear(file: Path, content: bytes) -> None:
+    """As `write`, whatever it is."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as draft:
-            draft.write(header.encode() + b"\n" + cubin)
+            draft.write(content)
         os.replace(draft.name, file)
     except OSError:
-        pass  # a read-only folder: compiled again in the next process
+        pass  # a read-only folder: found out again in the next process

@@ -87,7 +87,9 @@ class Variant:
     build       (problem, tile, device) -> launch(*tensors); compiles on the first launch
     softmax variants have no tile: fit and build take None
     tiles       the tiles that a sweep tries; () where any will do
-    usual       (problem, device) -> the tile it takes; None leaves that to choose_tile's estimate
+    usual       (problem, device) -> the tile it takes; or
+    nearest     (problem, device, most) -> the tiles of the least estimated time, the one it takes first; without
+                either, choose_tile estimates
     unit        what multiplies: 'fma', one number at a time, or 'tensor', the tensor cores
     pace        seconds that a multiply-add of it takes where it is simulated
     scales      'block' | 'head' | 'tensor' where its products take e4m3: what shares a scale (a block is 64 rows of
@@ -108,6 +110,7 @@ class Variant:
     one_block_a_head: bool = False  # its grid: heads alone, or heads x row blocks
     tiles: tuple[Tile, ...] = ()
     usual: Callable[[Problem, Device], Tile] | None = None
+    nearest: Callable[[Problem, Device, int], list[Tile]] | None = None
     unit: str = "fma"
     pace: float = SECONDS_PER_MULTIPLY_ADD
     scales: str | None = None

@@ -33,6 +33,7 @@ def compiled(name: str, d: int, dtype: str, kind: str, causal: bool, heads: int)
     import torch
 
     from sandbox import catalog
+    from sandbox.choose import choose_tile
     from sandbox.device.launch import compiling
     from sandbox.mask import Mask
     from sandbox.problem import Problem
@@ -43,7 +44,7 @@ def compiled(name: str, d: int, dtype: str, kind: str, causal: bool, heads: int)
     Q = torch.empty(1, 4096, heads, d, dtype=problem.torch_dtype, device="meta")
     LSE, gradients = torch.empty(1, heads, 4096, device="meta"), (Q, Q, Q, Q) if variant.direction == "bwd" else ()
     try:
-        tile = variant.usual(problem, HOPPER)
+        tile = choose_tile(problem, HOPPER, variant)
         with compiling() as done:
             variant.launcher(problem, tile, HOPPER)(problem, Q, Q, Q, None, Q, LSE, *gradients)
     except Infeasible as misfit:

@@ -15,6 +15,7 @@ import torch
 from sass import disassembled, nvdisasm
 
 from sandbox import catalog, target
+from sandbox.choose import choose_tile
 from sandbox.device import sections
 from sandbox.kernels import bwd_v2_mma, bwd_v2_mma_deterministic
 from sandbox.mask import Mask
@@ -119,7 +120,7 @@ def test_scales_not_above_0_of_non_finite_inputs(which, value, scale):
 @pytest.mark.parametrize("d, variant", [(144, VARIANT), (176, VARIANT), (144, bwd_v2_mma_deterministic.VARIANT)])
 def test_tiles_wider_than_a_head(d, variant):
     problem = Problem(1, 1, 1, 20, 20, d, "fp16", mask=Mask(True))
-    check(problem, tile=variant.usual(problem, target.device()), variant=variant)
+    check(problem, tile=choose_tile(problem, target.device(), variant), variant=variant)
 
 
 def test_heads_in_sections(monkeypatch):
@@ -150,7 +151,7 @@ def test_two_roles_and_a_softcap(switches):
 
 def test_wide_heads_have_two_roles():
     problem = Problem(1, 1, 1, 80, 20, 256, "fp16", mask=Mask(True))
-    tile = bwd_v2_mma.usual(problem, target.device())
+    tile = choose_tile(problem, target.device(), VARIANT)
     assert bwd_v2_mma.chosen(problem, tile, target.device()).roles == 2
     check(problem, tile=tile)
 
@@ -208,14 +209,14 @@ def test_tiles_that_do_not_fit(d, tile, words):
 def test_head_dims_have_a_tile(d, device):
     for mask in (Mask(), Mask(True)):
         problem = Problem(1, 1, 1, 4096, 4096, d, "fp16", mask=mask)
-        bwd_v2_mma.fit(problem, bwd_v2_mma.usual(problem, device), device)
+        bwd_v2_mma.fit(problem, choose_tile(problem, device, VARIANT), device)
 
 
 def test_columns_that_warps_share():
     """Ninths, elevenths and thirteenths are shared as tenths, twelfths and sixteenths."""
     for d, wide in (128, 128), (144, 160), (160, 160), (176, 192), (208, 256), (256, 256):
         problem = Problem(1, 1, 1, 8, 8, d, "fp16")
-        a = bwd_v2_mma.chosen(problem, bwd_v2_mma.usual(problem, HOPPER), HOPPER)
+        a = bwd_v2_mma.chosen(problem, choose_tile(problem, HOPPER, VARIANT), HOPPER)
         assert a.wide == a.side * a.columns == wide
 
 
@@ -240,7 +241,7 @@ def compiled(variant: str, problem: Problem, folder) -> tuple:
     from sandbox.device.launch import compiling
 
     os.environ["SANDBOX_CACHE"] = str(folder)
-    tile = bwd_v2_mma.usual(problem, HOPPER)
+    tile = choose_tile(problem, HOPPER, VARIANT)
     q = torch.empty(1, problem.N_q, problem.H, problem.d, dtype=problem.torch_dtype, device="meta")
     with compiling() as done:
         launch = catalog.find(variant).launcher(problem, tile, HOPPER)

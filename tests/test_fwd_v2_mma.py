@@ -12,6 +12,7 @@ import torch
 from sass import disassembled, nvdisasm
 
 from sandbox import catalog, target
+from sandbox.choose import choose_tile
 from sandbox.device import rows, sections
 from sandbox.kernels import fwd_v2_mma
 from sandbox.mask import Mask
@@ -227,7 +228,7 @@ def test_tiles_that_do_not_fit(d, tile, words):
 @pytest.mark.parametrize("d", range(16, 257, 16))
 def test_every_head_dim_has_a_tile(d, device):
     for mask in (Mask(), Mask(True)):
-        fwd_v2_mma.usual(Problem(1, 1, 1, 4096, 4096, d, "fp16", mask=mask), device)
+        choose_tile(Problem(1, 1, 1, 4096, 4096, d, "fp16", mask=mask), device, VARIANT)
 
 
 # ---- the binary for sm_90a, with or without a GPU -------------------------------------------------------------------
@@ -251,7 +252,7 @@ def compiled(problem: Problem, folder) -> tuple:
     from sandbox.device.launch import compiling
 
     os.environ["SANDBOX_CACHE"] = str(folder)
-    tile = fwd_v2_mma.usual(problem, HOPPER)
+    tile = choose_tile(problem, HOPPER, VARIANT)
     q = torch.empty(1, problem.N_q, problem.H, problem.d, dtype=problem.torch_dtype, device="meta")
     with compiling() as done:
         launch = VARIANT.launcher(problem, tile, HOPPER)

@@ -13,6 +13,7 @@ from hypothesis import settings
 from sass import disassembled, nvdisasm
 
 from sandbox import catalog, target
+from sandbox.choose import choose_tile
 from sandbox.kernels import fwd_v1_mma
 from sandbox.mask import Mask
 from sandbox.measure import formulas, gate
@@ -207,7 +208,7 @@ def test_one_stage_where_two_do_not_fit():
 @pytest.mark.parametrize("device", [HOPPER, SIMULATOR], ids=lambda device: device.kind)
 @pytest.mark.parametrize("d", range(32, 257, 32))
 def test_every_head_dim_has_a_tile(d, device, name):
-    catalog.find(name).usual(Problem(1, 1, 1, 4096, 4096, d, "fp16"), device)
+    choose_tile(Problem(1, 1, 1, 4096, 4096, d, "fp16"), device, catalog.find(name))
 
 
 def test_what_they_say_of_themselves():
@@ -240,7 +241,7 @@ def compiled(name: str, problem: Problem, tile: Tile | None, folder) -> tuple | 
 
     os.environ["SANDBOX_CACHE"] = str(folder)
     variant = catalog.find(name)
-    tile = tile or variant.usual(problem, HOPPER)
+    tile = tile or choose_tile(problem, HOPPER, variant)
     q = torch.empty(1, problem.N_q, problem.H, problem.d, dtype=problem.torch_dtype, device="meta")
     try:
         with compiling() as done:

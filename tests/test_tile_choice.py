@@ -5,7 +5,7 @@ from test_experiments import read, run
 
 from experiments import common, tile_choice
 from sandbox import catalog, target
-from sandbox.measure import gate, timing
+from sandbox.measure import fastest, gate, timing
 from sandbox.variant import HOPPER, Infeasible
 
 SIMULATED = target.KIND == "simulator"
@@ -22,6 +22,7 @@ def rows(slower):
         behind, row = slower(point), point.fields() | dict.fromkeys(tile_choice.MEASURED)
         row |= {"device": "NVIDIA H200", "revision": "abc", "gate": "passed", "tried": len(point.tiles)}
         best = str(point.chosen) if not behind else str(next(t for t in point.tiles if t != point.chosen))
+        row |= {"measured": best, "measured_behind": 0.01}
         yield row | {"behind": behind, "best": best, "tflops": 300.0, "seconds": 1e-3, "ms": {best: 1.0}}
 
 
@@ -70,8 +71,8 @@ def measured(monkeypatch, device):
             return verdict
 
         monkeypatch.setattr(gate, "check", check)
-        monkeypatch.setattr(tile_choice.inputs, "make", lambda *_: None)
-        monkeypatch.setattr(tile_choice, "launches", lambda point, tiles, device: tiles)
+        monkeypatch.setattr(tile_choice, "tensors", lambda point: [])
+        monkeypatch.setattr(fastest, "_launch", lambda problem, variant, tile, device, tensors: tile)
         monkeypatch.setattr(
             timing, "time_together",
             lambda tiles, budget_s: [timing.Timing(ms(tile), ms(tile), ms(tile), 3, 0.0) for tile in tiles],
@@ -88,6 +89,9 @@ def test_what_the_compiler_refuses_is_told_and_the_others_are_compared(measured)
     assert row["misfits"][str(bad)] == "spills 64 B" and str(bad) not in row["ms"]
     assert (row["gate"], row["best"], row["tried"]) == ("passed", str(good), len(point.tiles) - 1)
     assert row["behind"] == 0.25 and row["seconds"] == 1e-3
+    few = [tile for tile in point.few if tile != bad]
+    assert row["measured"] == str(good if good in few else few[0])
+    assert row["measured_behind"] == (0.0 if good in few else 0.25)
 
     row = measured(point, lambda tile: 1.0, refused=(point.chosen,))
     assert row["behind"] is None and "the chooser's tile did not run" in tile_choice.answer([point.fields() | row])
@@ -103,12 +107,15 @@ def test_nothing_is_timed_after_a_failed_gate(measured):
 def test_it_answers_by_the_numbers(tmp_path):
     found = list(rows(lambda point: 0.0))
     n, ahead = len(tile_choice.SHAPES["fwd"]), len(tile_choice.SHAPES["bwd"])
-    assert f"at {n} of {n} shapes, 0.0% slower in the mean." in tile_choice.answer(found)
+    assert f"at {n} of {n} shapes, 0.0% slower in the mean; timed once" in tile_choice.answer(found)
+    unmeasured = [row | {"measured": None, "measured_behind": None} for row in found]  # as they were recorded once
+    assert f"at {n} of {n} shapes, 0.0% slower in the mean." in tile_choice.answer(unmeasured)
     found = list(rows(lambda point: 0.0301 if point.problem.d == 144 else 0.03))
     off = {way: sum(d == 144 for d, *_ in shapes) for way, shapes in tile_choice.SHAPES.items()}
     said = tile_choice.answer(found)
     assert f"at {n - off['fwd']} of {n} shapes" in said and f"at {ahead - off['bwd']} of {ahead} shapes" in said
     assert "3.0% slower than" in said and "furthest at d=144" in said
+    assert f"the few that it ranks first: at {n} of {n}." in said
     common.report(tile_choice.EXPERIMENT, found, tmp_path)
     assert (tmp_path / "tile_choice.png").stat().st_size > 10_000
     assert tile_choice.draw([row | {"gate": None, "behind": None} for row in found])

@@ -95,19 +95,24 @@ class Pace:
         return float(max(left.T @ [self.step(n + 1) for n in range(together)]))
 
 
-def quickest(steps: dict[Tile, np.ndarray], paces: dict[Tile, Pace], heads: int, section: int, device: Device) -> Tile:
-    """The tile of the least estimated time; of those that an estimate cannot tell from it the largest.
+def nearest(
+    steps: dict[Tile, np.ndarray], paces: dict[Tile, Pace], heads: int, section: int, device: Device, most: int
+) -> list[Tile]:
+    """The tiles of the least estimated time, in order, so many at most; but of those that an estimate cannot tell from
+    the first, the largest comes first.
 
     steps: of a head's blocks.
     """
-    clocks, least = {}, math.inf
+    clocks, enough = {}, math.inf  # the time of the last that is asked for, so far
     bounds = {tile: pace.even(steps[tile], heads, device) for tile, pace in paces.items()}
     for tile in sorted(paces, key=bounds.get):
-        if bounds[tile] > least * (1 + AS_GOOD):
+        if bounds[tile] > enough * (1 + AS_GOOD):
             break
         clocks[tile] = paces[tile].clocks(steps[tile], heads, section, device)
-        least = min(least, clocks[tile])
-    return max((tile for tile in clocks if clocks[tile] <= least * (1 + AS_GOOD)), key=lambda t: (t.Br * t.Bc, t))
+        enough = min([math.inf, *sorted(clocks.values())[most - 1 :]])
+    as_good = min(clocks.values()) * (1 + AS_GOOD)
+    first = max((tile for tile in clocks if clocks[tile] <= as_good), key=lambda t: (t.Br * t.Bc, t))
+    return sorted(clocks, key=lambda tile: (tile != first, clocks[tile], tile))[:most]
 
 
 def steps_along_keys(p: Problem, tile: Tile) -> np.ndarray:

@@ -17,7 +17,7 @@ from itertools import product
 
 from ..problem import Problem
 from ..variant import Device, Infeasible, Tile, Unsupported
-from .estimate import Pace, lines, quickest, steps_along_rows
+from .estimate import Pace, lines, nearest, steps_along_rows
 from .mma import Shared16
 from .sections import heads_a_section
 
@@ -176,15 +176,16 @@ def check(name: str, other: str, problem: Problem, tile: Tile, device: Device, *
         raise Infeasible(tile, f"needs {need:,} B of shared memory, each of {a.blocks} blocks has {have:,} B")
 
 
-def usual_tile(name: str, other: str, problem: Problem, device: Device, **turned) -> Tile:
-    """The tile of the least estimated time, of the largest that fits and those that leave registers to spare: ptxas has
-    others spill.  Raises Unsupported."""
+def nearest_tiles(name: str, other: str, problem: Problem, device: Device, most: int, **turned) -> list[Tile]:
+    """The tiles of the least estimated time, of the largest that fits and those that leave registers to spare: ptxas
+    has others spill.  Raises Unsupported."""
     tile = largest(name, other, problem, device, **turned)
     if device.simulated or problem.softcap > 0:
-        return tile
+        return [tile]
     heads, known = problem.B * problem.H_kv, paces(name, other, problem.kind, device)
     steps = {tile: steps_along_rows(problem, tile) for tile in known}
-    return quickest(steps, known, heads, heads_a_section(heads, 8 * problem.N_q * problem.d * problem.group), device)
+    section = heads_a_section(heads, 8 * problem.N_q * problem.d * problem.group)
+    return nearest(steps, known, heads, section, device, most)
 
 
 def largest(name: str, other: str, problem: Problem, device: Device, **turned) -> Tile:

@@ -26,7 +26,7 @@ from ..device import Launch, device_function, scratch, zeros
 from ..device.columns import Columns
 from ..device.halves import halves
 from ..device.launch import addressable, all_or_none
-from ..device.layout import TILES, Switches, check, chosen, usual_tile  # noqa: F401  (Switches: for the catalog)
+from ..device.layout import TILES, Switches, check, chosen, nearest_tiles  # noqa: F401  (Switches: for the catalog)
 from ..device.mma import Shared16, Warps
 from ..device.ptx import add_four, commit_group, copy_four, here, read_four, wait_group
 from ..device.rows import ALL, NONE, capped
@@ -37,7 +37,7 @@ from ..device.tiles import shared_tile
 from ..variant import Variant
 
 NAMES = "bwd_v2_mma", "bwd_v2"
-fit, usual = partial(check, *NAMES), partial(usual_tile, *NAMES)
+fit, nearest = partial(check, *NAMES), partial(nearest_tiles, *NAMES)
 
 
 def build(problem, tile, device, **turned):
@@ -295,7 +295,7 @@ VARIANT = Variant(
     build=build,
     deterministic=False,
     tiles=TILES,
-    usual=usual,
+    nearest=nearest,
     unit="tensor",
     pace=1e-6,
 )

@@ -13,7 +13,7 @@ from numba import cuda, float32, int16, int32, uint32
 from ..device import Launch, device_function, scratch
 from ..device.columns import Columns
 from ..device.launch import addressable, all_or_none
-from ..device.layout import TILES, Switches, check, chosen, chosen_dQ, usual_tile  # noqa: F401  (Switches: for the catalog)
+from ..device.layout import TILES, Switches, check, chosen, chosen_dQ, nearest_tiles  # noqa: F401  (Switches: for the catalog)
 from ..device.mma import MMA, Warps
 from ..device.ptx import commit_group, copy_four, fma, here, wait_group
 from ..device.rows import ALL, NONE, Rows, capped
@@ -24,7 +24,7 @@ from ..device.tiles import shared_tile
 from ..variant import Variant
 
 NAMES = "bwd_v2_mma_deterministic", "bwd_v2_deterministic"
-fit, usual = partial(check, *NAMES, roles=1), partial(usual_tile, *NAMES, roles=1)
+fit, nearest = partial(check, *NAMES, roles=1), partial(nearest_tiles, *NAMES, roles=1)
 
 
 def build(problem, tile, device, **turned):
@@ -326,7 +326,7 @@ VARIANT = Variant(
     fit=fit,
     build=build,
     tiles=TILES,
-    usual=usual,
+    nearest=nearest,
     unit="tensor",
     pace=1e-6,
 )

@@ -13,7 +13,7 @@ from functools import cache, partial
 from numba import cuda, float32, int16, int32, uint32
 
 from ..device import Launch, device_function
-from ..device.estimate import Pace, lines, quickest, registers, steps_along_keys
+from ..device.estimate import Pace, lines, nearest, registers, steps_along_keys
 from ..device.launch import addressable
 from ..device.mma import Shared16, Warps
 from ..device.ptx import commit_group, named_any, named_barrier, wait_group
@@ -102,21 +102,19 @@ def fit(problem, tile, device, **turned):
         raise Infeasible(tile, f"needs {need:,} B of shared memory, a block has {device.shared:,} B")
 
 
-def usual(problem, device) -> Tile:
-    """The tile of the least estimated time, of those that leave registers to spare: ptxas has others spill.
+def nearest_tiles(problem, device, most) -> list[Tile]:
+    """The tiles of the least estimated time, of those that leave registers to spare: ptxas has others spill.
 
     With a softcap, not measured: 128 rows and 64 keys, or 64 rows where blocks of 128 would leave half of the GPU idle.
     """
-    tile = Tile(128, 64)
-    if device.simulated:
-        tile = Tile(16, 16)
-    elif problem.softcap == 0 and (known := paces(problem.kind, device)):
+    heads, estimated = problem.B * problem.H, problem.softcap == 0 and not device.simulated
+    if estimated and (known := paces(problem.kind, device)):
         steps = {tile: steps_along_keys(problem, tile) for tile in known}
-        tile = quickest(steps, known, problem.B * problem.H, section_of(problem), device)
-    elif 2 * problem.B * problem.H * -(-problem.N_q // 128) <= device.sms:
-        tile = Tile(64, 64)
+        return nearest(steps, known, heads, section_of(problem), device, most)
+    few = 2 * heads * -(-problem.N_q // 128) <= device.sms
+    tile = Tile(16, 16) if device.simulated else Tile(64, 64) if few else Tile(128, 64)
     fit(problem, tile, device)
-    return tile
+    return [tile]
 
 
 @cache
@@ -338,7 +336,7 @@ VARIANT = Variant(
     fit=fit,
     build=build,
     tiles=TILES,
-    usual=usual,
+    nearest=nearest_tiles,
     unit="tensor",
     pace=1e-6,
 )
