@@ -117,7 +117,7 @@ def test_scales_not_above_0_of_non_finite_inputs(which, value, scale):
         check(problem, gate.Inputs(**x), Tile(32, 32), variant=variant)
 
 
-@pytest.mark.parametrize("d, variant", [(144, VARIANT), (176, VARIANT), (144, bwd_v2_mma_deterministic.VARIANT)])
+@pytest.mark.parametrize("d, variant", [(112, VARIANT), (144, VARIANT), (176, VARIANT), (144, bwd_v2_mma_deterministic.VARIANT)])
 def test_tiles_wider_than_a_head(d, variant):
     problem = Problem(1, 1, 1, 20, 20, d, "fp16", mask=Mask(True))
     check(problem, tile=choose_tile(problem, target.device(), variant), variant=variant)
@@ -213,8 +213,8 @@ def test_head_dims_have_a_tile(d, device):
 
 
 def test_columns_that_warps_share():
-    """Ninths, elevenths and thirteenths are shared as tenths, twelfths and sixteenths."""
-    for d, wide in (128, 128), (144, 160), (160, 160), (176, 192), (208, 256), (256, 256):
+    """Sevenths, ninths, elevenths and thirteenths are shared as eighths, tenths, twelfths and sixteenths."""
+    for d, wide in (80, 80), (112, 128), (128, 128), (144, 160), (160, 160), (176, 192), (208, 256), (256, 256):
         problem = Problem(1, 1, 1, 8, 8, d, "fp16")
         a = bwd_v2_mma.chosen(problem, choose_tile(problem, HOPPER, VARIANT), HOPPER)
         assert a.wide == a.side * a.columns == wide

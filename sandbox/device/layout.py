@@ -103,8 +103,8 @@ class Layout:
 
 
 def wide_of(d: int) -> int:
-    """Columns that warps share evenly."""
-    return d if d <= 128 else 32 * -(-d // 32) if d <= 192 else 256
+    """Columns that warps share evenly: sevenths, as of 112, only one warp could have, by 16 rows, which spilled."""
+    return d if d <= 96 else 32 * -(-d // 32) if d <= 192 else 256
 
 
 def layouts(d: int, tile: Tile, s: Switches):
