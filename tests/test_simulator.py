@@ -17,6 +17,8 @@ from numba import cuda, float32, int32
 from sandbox import catalog, target
 from sandbox.device import Launch, conversions, device_function
 from sandbox.device import simulator as sim
+from sandbox.device.copies_simulated import copies_arrive, copy_quad
+from sandbox.device.cuda_simulated import tile_of
 from sandbox.device.scalar import exp, from_bf16, to_bf16
 from sandbox.device.softmax import ALL_LANES
 from sandbox.mask import Mask
@@ -171,7 +173,7 @@ def copying(*steps):
 
     def kernel(X, Y):
         t = cuda.threadIdx.x
-        sX = sim.tile_of(cuda.shared.array(0, float32), "sX", (2, 4))
+        sX = tile_of(cuda.shared.array(0, float32), "sX", (2, 4))
         for step in steps:
             step(sX, X, t)
         Y[t] = sX[1 - t, 3]
@@ -182,11 +184,11 @@ def copying(*steps):
 
 
 def start(sX, X, t):
-    sim.copy_quad(sX, t, 0, X, t, True)
+    copy_quad(sX, t, 0, X, t, True)
 
 
 def arrive(sX, X, t):
-    sim.copies_arrive()
+    copies_arrive()
 
 
 def meet(sX, X, t):
@@ -198,7 +200,7 @@ def test_a_copy_is_there_after_its_thread_waited_and_all_met():
 
 
 def test_what_is_not_seen_is_copied_as_zeros():
-    assert copying(lambda sX, X, t: sim.copy_quad(sX, t, 0, X, 2 + t, False), arrive, meet).tolist() == [0, 0]
+    assert copying(lambda sX, X, t: copy_quad(sX, t, 0, X, 2 + t, False), arrive, meet).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("steps", [(start, meet), (start, meet, meet), (start, meet, arrive)])
@@ -220,8 +222,8 @@ def test_two_copies_into_one_place():
 def test_a_copy_that_nobody_waits_for():
     @cuda.jit
     def kernel(X):
-        sX = sim.tile_of(cuda.shared.array(0, float32), "sX", (1, 4))
-        sim.copy_quad(sX, 0, 0, X, 0, True)
+        sX = tile_of(cuda.shared.array(0, float32), "sX", (1, 4))
+        copy_quad(sX, 0, 0, X, 0, True)
 
     with pytest.raises(sim.SimulatorError, match="copies into sX, by 1 threads of block 0, were never waited for"):
         run(kernel, zeros(1, 4), threads=1)

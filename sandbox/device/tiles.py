@@ -144,7 +144,7 @@ class Shared:
 def shared_tile(name: str, offset: int, rows: int, ld: int, ndim: int):
     """A function smem -> float32 tile [rows, ld] (or [ld] where ndim is 1), `offset` elements into smem."""
     if SIMULATED:
-        from .simulator import tile_of
+        from .cuda_simulated import tile_of
 
         return lambda smem: tile_of(smem, name, (rows, ld) if ndim == 2 else (ld,))
 
@@ -171,7 +171,7 @@ if SIMULATED:
         """Whether every row of X starts at a multiple of 16 bytes and its columns lie side by side."""
         return X.strides[1] == X.itemsize and (X.address | X.strides[0]) % 16 == 0
 
-    from .simulator import copies_arrive, copy_quad
+    from .copies_simulated import copies_arrive, copy_quad
 
 else:
     from .intrinsics import adjacent, copies_arrive, copy_quad, in_quads, put_quad, quad
