@@ -18,7 +18,7 @@ NEEDED = {  # module: (oldest version that was tried, first one that breaks)
     "torch": ((2, 11), None),
     "numpy": ((2, 0), (2, 5)),  # numpy 2.5 has no row_stack, which numba-cuda 0.30 calls
     "numba": ((0, 68), None),
-    "numba_cuda": ((0, 30), (0, 31)),  # simulator.py and compile.py know its internals
+    "numba_cuda": ((0, 30), (0, 31)),  # device/internals.py depends on what it does not promise
     "cuda.bindings": ((13, 0), (14, 0)),
     "click": (None, None),
     "matplotlib": (None, None),

@@ -13,9 +13,8 @@ import click
 import torch
 
 from sandbox import catalog, picture, target
-from sandbox.device import simulator
 from sandbox.measure import formulas, gate, timing
-from sandbox.variant import Device
+from sandbox.variant import SECONDS_PER_MULTIPLY_ADD, Device
 
 from . import common
 from .common import Experiment, milliseconds
@@ -49,7 +48,7 @@ class Point:
 
     def seconds(self) -> float:
         """About how long the simulator takes: some ten operations an element."""
-        return 10 * self.rows * self.N * simulator.SECONDS_PER_MULTIPLY_ADD
+        return 10 * self.rows * self.N * SECONDS_PER_MULTIPLY_ADD
 
 
 KEY = ("variant", "rows", "N", "dtype", "seed")

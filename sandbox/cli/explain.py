@@ -248,12 +248,12 @@ def count(variant, shape, tile):
     from ..device import simulator
     from ..measure import roofline
     from ..measure.cases import Rows
-    from ..variant import Unsupported
+    from ..variant import SECONDS_PER_MULTIPLY_ADD, Unsupported
 
     if target.KIND != "simulator":
         return None, "bytes asked for are not known: no formula knows this kernel, and only the simulator counts them"
     softmax, small = isinstance(shape, Rows), shape
-    if softmax and 10 * shape.rows * shape.columns * simulator.SECONDS_PER_MULTIPLY_ADD > PATIENCE_S:
+    if softmax and 10 * shape.rows * shape.columns * SECONDS_PER_MULTIPLY_ADD > PATIENCE_S:
         small = replace(shape, rows=8, columns=64)
     if not softmax and simulator.estimate_seconds(shape, variant.direction) > PATIENCE_S:
         small = replace(shape, B=1, H=1, H_kv=1, N_q=64, N_k=64, d=min(shape.d, 16), scale=None)

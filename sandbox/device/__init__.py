@@ -6,7 +6,7 @@ Everything a kernel file needs comes from here; the same kernel source runs on a
 import importlib
 
 HOME = {
-    "Blocks": "tiles", "Launch": "launch", "Shared": "tiles", "Softmax": "softmax", "Threads": "tiles",
+    "Blocks": "tiles", "Launch": "launch", "Shared": "tiles", "Softmax": "softmax", "Threads": "threads",
     "Visit": "visit", "conversions": "scalar", "device_function": "scalar", "scratch": "launch", "zeros": "launch",
 }  # fmt: skip
 __all__ = list(HOME)

@@ -17,6 +17,7 @@ from .. import emulator, nvrtc
 from ..problem import Problem
 from ..target import SIMULATED
 from . import launch as launches
+from .counting import count
 from .launch import addressable
 from .sections import heads_a_section
 
@@ -168,8 +169,6 @@ class HopperLaunch:
         return nvrtc.compile(self.file, self.name, self.defines, folders=(HEADERS,))
 
     def _emulate(self, grid: int, given: tuple) -> None:
-        from .simulator import count
-
         library = emulator.library(self.file, self.name, tuple(self.defines.items()), HEADERS)
         given = self._readable(given)
         values = {at: x for (at, _), x in zip(self._given, given)}

@@ -19,6 +19,7 @@ import torch
 from .. import nvrtc
 from ..target import SIMULATED
 from ..variant import Infeasible, Tile
+from .counting import count
 
 POINTER, WIDE = ctypes.c_void_p, ctypes.c_int64
 FEW = 64  # bytes a thread: what ptxas spills at the edge differs by as much with the Python that Numba compiles under
@@ -169,9 +170,7 @@ def scratch(*shape: int, like: torch.Tensor) -> torch.Tensor:
 def zeros(name: str, *shape: int, like: torch.Tensor) -> torch.Tensor:
     """A float32 tensor of zeros on like's device; where simulated they count as written, under this name."""
     if SIMULATED:
-        from . import simulator
-
-        simulator.count(name, 0, math.prod(shape), 4)
+        count(name, 0, math.prod(shape), 4)
     return torch.zeros(shape, device=like.device)
 
 

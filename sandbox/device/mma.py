@@ -63,7 +63,7 @@ def _tile(name: str, offset: int, rows: int, columns: int):
     if SIMULATED:
         import numpy as np
 
-        from .simulator import tile_of
+        from .cuda_simulated import tile_of
 
         return lambda smem: tile_of(smem, name, (rows, columns), np.uint16)
 

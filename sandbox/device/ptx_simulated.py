@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from . import simulator
+from . import copies_simulated as copies
+from .cuda_simulated import register
+from .memory_simulated import SimulatorError
 from .scalar import to_bf16
-from .simulator import SimulatorError, register
 
 ROW, HALF = np.arange(32) % 16, np.arange(32) // 16  # of a block: the row and the half of it that a lane points at
 
@@ -142,7 +143,7 @@ def copy_chunk(tile, r, X, n, y, x, down, right, seen):
     if seen and (X.strides[1] != X.dtype.itemsize or (X.address | X.strides[0]) % 16):
         raise SimulatorError(f"{X.name}: rows at multiples of 16 bytes expected, strides {X.strides}")
     n += y + down
-    simulator.copy(tile, r + y + down, x + right, 8, lambda c: X[n, c].view(np.uint16) if seen else 0)
+    copies.copy(tile, r + y + down, x + right, 8, lambda c: X[n, c].view(np.uint16) if seen else 0)
 
 
 def copy_chunk_at(tile, row, column, X, n, step, seen):
@@ -177,7 +178,7 @@ def add_four(x, n, y):
 
 def copy_four(x, r, y, n):
     _check_four(y, n)
-    simulator.copy_line(x, r, 4, lambda e: y[n + e])
+    copies.copy_line(x, r, 4, lambda e: y[n + e])
 
 
 def read_two(x, r):
@@ -192,7 +193,7 @@ def unpack_bf16(word):
     return tuple((np.array(_halves(word), np.uint32) << 16).view(np.float32))
 
 
-commit_group, wait_group = simulator.commit_group, simulator.wait_group
+commit_group, wait_group = copies.commit_group, copies.wait_group
 
 
 def named_barrier(threads):

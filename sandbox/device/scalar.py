@@ -21,7 +21,7 @@ LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
 def device_function(function):
     """A function that kernels call: inlined on a GPU, plain Python on the simulator."""
     if SIMULATED:
-        from .simulator import register
+        from .cuda_simulated import register
 
         return register(function)
     return cuda.jit(device=True, forceinline=True)(function)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numba import cuda
 
 from .scalar import NEG_INF, ZERO, device_function, exp
-from .tiles import Threads
+from .threads import Threads
 
 ALL_LANES = 0xFFFFFFFF
 

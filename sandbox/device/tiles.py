@@ -1,9 +1,4 @@
-"""Tiles: who owns what, where they lie in shared memory, how they are loaded, multiplied and stored.
-
-A block is TY x TX threads; thread (ty, tx) owns rows ty, ty + TY, … of every tile that it holds in registers, of a
-tile of scores (rS, …) columns tx, tx + TX, …, of a tile of head columns (rO, …) quads tx, tx + TX, … if d allows.
-The TX threads of a row are neighbours in one warp, so a row of S is reduced by shuffles and a row of P handed over
-through shared memory without a block barrier.
+"""Tiles: where they lie in shared memory, how they are loaded, multiplied and stored by `Threads`.
 
 Tiles come from global memory by `copy`: asynchronous where hardware can (16 bytes at a time, past the registers), so
 that the next tile is on its way while this one is multiplied.
@@ -15,111 +10,20 @@ registers.  Each function here is made for one tile, since its trip counts must 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from numba import cuda, float32
 
 from ..target import SIMULATED
-from ..variant import Device, Infeasible, Tile
 from .scalar import ZERO, device_function, same
+from .threads import Threads, ceil
 
-
-def _ceil(n: int, step: int) -> int:
-    return -(-n // step)
-
-
-@dataclass(frozen=True)
-class Threads:
-    """How TY x TX threads share tiles of Br query rows, Bc key rows and d columns.
-
-    Tiles are padded, never the data: rows and columns past Br, Bc, d are zeros that no result depends on.
-    """
-
-    TY: int
-    TX: int
-    Br: int
-    Bc: int
-    d: int
-    overhead: int
-
-    @classmethod
-    def of(cls, tile: Tile, d: int, device: Device, direction: str = "fwd", overhead: int = 100) -> Threads:
-        """The fewest threads that keep a thread's tiles in registers.
-
-        overhead: registers that the kernel needs beside its tiles (addresses, operands in flight), as ptxas reports.
-        """
-        if device.simulated:
-            return cls(4, 4, tile.Br, tile.Bc, d, 0)
-        choices = [cls(TY, TX, tile.Br, tile.Bc, d, overhead) for TY, TX in ((16, 8), (16, 16), (32, 16))]
-        fits = [t for t in choices if t.registers(direction) <= t.most_registers(device)]
-        return next((t for t in fits if t.accumulators(direction) <= ACCUMULATORS), (fits or choices)[-1])
-
-    @property
-    def count(self) -> int:
-        return self.TY * self.TX
-
-    @property
-    def RA(self) -> int:
-        """Query rows of a thread."""
-        return _ceil(self.Br, self.TY)
-
-    @property
-    def RB(self) -> int:
-        """Keys of a thread, as columns of S."""
-        return self.Bc_padded // self.TX
-
-    @property
-    def RC(self) -> int:
-        """Keys of a thread, as rows of dK and dV."""
-        return self.Bc_padded // self.TY
-
-    @property
-    def RD(self) -> int:
-        """Head columns of a thread."""
-        return _ceil(self.d, self.TX)
-
-    @property
-    def WIDE(self) -> int:
-        """Head columns of a thread that lie side by side: 4, so that 16 bytes travel at once, or 1."""
-        return 4 if self.RD % 4 == 0 else 1
-
-    @property
-    def Br_padded(self) -> int:
-        return self.RA * self.TY
-
-    @property
-    def Bc_padded(self) -> int:
-        step = max(self.TX, self.TY)
-        return _ceil(self.Bc, step) * step
-
-    @property
-    def d_padded(self) -> int:
-        return self.RD * self.TX
-
-    def accumulators(self, direction: str) -> int:
-        """float32 registers that a thread's tiles take."""
-        S, O = self.RA * self.RB, self.RA * self.RD
-        return S + O if direction == "fwd" else 2 * S + O + 2 * self.RC * self.RD
-
-    def registers(self, direction: str) -> int:
-        """Registers that a thread is expected to need."""
-        return self.accumulators(direction) + self.overhead
-
-    def most_registers(self, device: Device) -> int:
-        """Registers that a thread of a block this large may have."""
-        return min(device.registers, 65_536 // self.count)
-
-    def check(self, tile: Tile, shared_bytes: int, device: Device, direction: str) -> None:
-        """Raises Infeasible where shared memory or registers do not suffice."""
-        if shared_bytes > device.shared:
-            raise Infeasible(tile, f"needs {shared_bytes:,} B of shared memory, a block has {device.shared:,} B")
-        need, most = self.registers(direction), self.most_registers(device)
-        if not device.simulated and need > most:
-            raise Infeasible(tile, f"needs about {need} registers a thread, one of {self.count} has {most}")
-
+if SIMULATED:
+    from .cuda_simulated import tile_of
+    from .intrinsics_simulated import adjacent, copies_arrive, copy_quad, in_quads, put_quad, quad
+else:
+    from .intrinsics import adjacent, copies_arrive, copy_quad, in_quads, put_quad, quad, tile_view
 
 IN_FLIGHT = 64  # global loads that a thread has under way at once
-ACCUMULATORS = 128  # what a thread's tiles take at most, where more rows of threads can bring it down
 
 
 class Shared:
@@ -132,7 +36,7 @@ class Shared:
     def __init__(self, **shapes: tuple[int, ...]):
         self.tiles, offset = [], 0
         for name, shape in shapes.items():
-            rows, ld = (shape[0], shape[1] + 4) if len(shape) == 2 else (1, _ceil(shape[0], 4) * 4)
+            rows, ld = (shape[0], shape[1] + 4) if len(shape) == 2 else (1, ceil(shape[0], 4) * 4)
             self.tiles.append(shared_tile(name, offset, rows, ld, len(shape)))
             offset += rows * ld
         self.bytes = 4 * offset
@@ -143,38 +47,8 @@ class Shared:
 
 def shared_tile(name: str, offset: int, rows: int, ld: int, ndim: int):
     """A function smem -> float32 tile [rows, ld] (or [ld] where ndim is 1), `offset` elements into smem."""
-    if SIMULATED:
-        from .simulator import tile_of
-
-        return lambda smem: tile_of(smem, name, (rows, ld) if ndim == 2 else (ld,))
-
-    from .intrinsics import tile_view
-
-    return tile_view(offset, (rows, ld) if ndim == 2 else (ld,))
-
-
-if SIMULATED:
-
-    def quad(tile, r, k):
-        """(tile[r, k], …, tile[r, k + 3])."""
-        return tile[r, k], tile[r, k + 1], tile[r, k + 2], tile[r, k + 3]
-
-    def put_quad(tile, r, k, x0, x1, x2, x3):
-        """tile[r, k], …, tile[r, k + 3] = x0, …, x3."""
-        tile[r, k], tile[r, k + 1], tile[r, k + 2], tile[r, k + 3] = x0, x1, x2, x3
-
-    def adjacent(X, n, c):
-        """X[n, c] of an array whose columns lie side by side."""
-        return X[n, c]
-
-    def in_quads(X):
-        """Whether every row of X starts at a multiple of 16 bytes and its columns lie side by side."""
-        return X.strides[1] == X.itemsize and (X.address | X.strides[0]) % 16 == 0
-
-    from .simulator import copies_arrive, copy_quad
-
-else:
-    from .intrinsics import adjacent, copies_arrive, copy_quad, in_quads, put_quad, quad
+    shape = (rows, ld) if ndim == 2 else (ld,)
+    return (lambda smem: tile_of(smem, name, shape)) if SIMULATED else tile_view(offset, shape)
 
 
 class Blocks:
@@ -212,7 +86,7 @@ class Blocks:
         QUADS = W // 4
         LANES = math.gcd(QUADS, self.threads.count)  # threads that share a row's quads
         STEP = self.threads.count // LANES
-        STEPS = _ceil(rows, STEP)
+        STEPS = ceil(rows, STEP)
         BATCH = max(n for n in range(1, ROWS + 1) if ROWS % n == 0 and (n == 1 or n * RD <= IN_FLIGHT))
 
         @device_function
@@ -442,7 +316,7 @@ class Blocks:
 
 def _in_fours(four, K: int, twice: bool):
     """product(rC, sA, sB, ty, tx): `four` for k = 0, 4, …; twice a step, where registers allow, to hide the loads."""
-    FOURS, TWO = _ceil(K, 4), 2 if twice and _ceil(K, 4) % 2 == 0 else 1
+    FOURS, TWO = ceil(K, 4), 2 if twice and ceil(K, 4) % 2 == 0 else 1
 
     @device_function
     def product(rC, sA, sB, ty, tx):

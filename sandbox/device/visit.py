@@ -9,7 +9,7 @@ from numba import cuda, int32, int64
 
 from ..problem import Problem
 from .scalar import NEG_INF, ONE, device_function, tanh
-from .tiles import Threads
+from .threads import Threads
 
 NONE, SOME, ALL = 0, 1, 2  # what a thread sees of a tile
 
