@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from . import common
+from . import tables
 
 STANDARD16, V2, V3, STANDARD8, V3_FP8 = "fp16 standard", "fp16 v2", "fp16 v3", "fp8 standard", "fp8 v3"
 NO_BLOCKS, NO_ROTATION, NEITHER = "no block scales", "no rotation", "neither"
@@ -216,7 +216,7 @@ def table(rows: list[dict]) -> str:
         "sources": (name("rounded"), rotation, error, by_row),
     }
     groups = {part: [row for row in rows if row["part"] == part] for part in beside}
-    text = [common.table(group, list(beside[part])) for part, group in groups.items() if group]
+    text = [tables.table(group, list(beside[part])) for part, group in groups.items() if group]
     return "\n\n".join([*text[:1], *swept_table(rows), *text[1:]])
 
 
@@ -232,4 +232,4 @@ def swept_table(rows: list[dict]) -> list[str]:
         ("strength", lambda line: None if line["at"]["strength"] is None else f"{line['at']['strength']:,g}"),
     ]
     columns += [(way, lambda line, way=way: f"{line[way]:.2e}") for way in SWEPT]
-    return [common.table(list(lines.values()), columns)] if lines else []
+    return [tables.table(list(lines.values()), columns)] if lines else []

@@ -6,8 +6,8 @@ from sandbox import picture
 from sandbox.measure import bench
 from sandbox.variant import SIMULATOR
 
-from . import common
-from .common import milliseconds
+from . import tables
+from .tables import milliseconds
 
 ALL, OVERLAP, SPECIALIZED, PING_PONG = "all on", "no overlap", "no warp specialisation", "no ping-pong"
 BUILDS = {  # what differs from all on; stages are as many as fit, but where they are given
@@ -202,7 +202,7 @@ def table(rows: list[dict]) -> str:
         ("gate", verdict),
     ]
     misfits = dict.fromkeys(misfit(row) for row in rows if row["infeasible"])
-    return "\n".join([common.table(lines, columns), *misfits])
+    return "\n".join([tables.table(lines, columns), *misfits])
 
 
 def percent(change: float | None) -> str | None:

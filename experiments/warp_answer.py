@@ -7,8 +7,8 @@ import math
 from sandbox.measure import bench
 from sandbox.variant import SIMULATOR
 
-from . import common
-from .common import milliseconds, problem_of
+from . import tables
+from .tables import agrees, count, milliseconds, problem_of, total
 
 SPLIT_Q, SPLIT_K, V1 = "split-Q", "split-K", "v1"
 PAPER = (1.7, 2.0)  # times as fast, v2 over v1: FA2, Figure 4
@@ -202,12 +202,12 @@ def table(rows: list[dict]) -> str:
         ("kernel", cell(lambda row: row["variant"])),
         ("tile", cell(lambda row: f"{row['Br']}x{row['Bc']}")),
         ("warps a\nblock", cell(lambda row: row["warps"])),
-        ("shared\nread", cell(lambda row: common.count(row["shared_read_bytes"]))),
-        ("shared\nwritten", cell(lambda row: common.count(row["shared_write_bytes"]))),
+        ("shared\nread", cell(lambda row: count(row["shared_read_bytes"]))),
+        ("shared\nwritten", cell(lambda row: count(row["shared_write_bytes"]))),
         ("bytes\na score", cell(lambda row: per_score(row) and f"{per_score(row):,.0f}")),
         ("more\nthan split-Q", against(per_score)),
-        ("global\naccesses", cell(lambda row: common.count(common.total(row)))),
-        ("formula", cell(lambda row: {True: "= equal", False: "DIFFERS"}.get(common.agrees(row)))),
+        ("global\naccesses", cell(lambda row: count(total(row)))),
+        ("formula", cell(lambda row: {True: "= equal", False: "DIFFERS"}.get(agrees(row)))),
         ("time", cell(lambda row: row["seconds"] and milliseconds(row))),
         ("TFLOP/s", cell(lambda row: row["tflops"] and f"{row['tflops']:.0f}")),
         (f"% of\n{PEAK}", cell(lambda row: row["tflops"] and f"{100 * row['tflops'] / PEAK:.0f}")),
@@ -216,4 +216,4 @@ def table(rows: list[dict]) -> str:
         ("gate", cell(lambda row: row["gate"])),
         ("cannot run", cell(lambda row: row["infeasible"])),
     ]
-    return common.table(lines_of(rows), columns)
+    return tables.table(lines_of(rows), columns)

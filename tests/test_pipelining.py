@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from experiments import common, pipelining, pipelining_report
+from experiments import common, pipelining, pipelining_report, tables
 from experiments.__main__ import main
 from experiments.claims import defaults
 from experiments.pipelining_report import ALL, BUILDS, OVERLAP, PING_PONG, SPECIALIZED
@@ -277,7 +277,7 @@ def test_emulated_it_is_exact_and_goes_on_where_it_stopped(tmp_path, capfd):
     found = [json.loads(line) for line in (tmp_path / "pipelining.jsonl").read_text().splitlines()]
     assert {row["build"] for row in found} == set(BUILDS)
     assert all(row["gate"] == "passed" and row["tflops"] is None and row["seconds"] is None for row in found)
-    assert all(common.agrees(row) for row in found)
+    assert all(tables.agrees(row) for row in found)
     assert (tmp_path / "pipelining.csv").exists() and (tmp_path / "pipelining.png").stat().st_size > 10_000
     capfd.readouterr()
     assert main(words) == 0

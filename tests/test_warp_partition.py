@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from experiments import common, warp_answer, warp_partition
+from experiments import common, tables, warp_answer, warp_partition
 from experiments.__main__ import main
 from experiments.claims import defaults
 from experiments.warp_answer import SPLIT_K, SPLIT_Q, V1
@@ -135,4 +135,4 @@ def test_a_run(tmp_path, capfd):
         assert row["shared_read_bytes"] + row["shared_write_bytes"] == sum(
             row[f"shared_{array}"] for array in warp_partition.MOVED
         )
-        assert common.agrees(row)
+        assert tables.agrees(row)
