@@ -21,8 +21,9 @@ from sandbox.measure import formulas
 from sandbox.problem import Problem
 from sandbox.variant import Device, Tile
 
-from . import common, inputs
-from .common import Experiment, milliseconds, number, problem_of, total
+from . import common, inputs, tables
+from .common import Experiment
+from .tables import milliseconds, number, problem_of, total
 
 SKIPS = {"fwd_v1": False, "fwd_v2": True, "bwd_v1": False, "bwd_v2": True}
 PAPER = (1.7, 1.8)  # times as fast, FA2 section 3.1
@@ -105,7 +106,7 @@ def on_tiles(rows: list[dict], name: str) -> str:
     else:
         text += f"{visited(causal):,} of {causal['tiles']:,} tiles, {ratios(rows, name, visited)[N]:.2f} times fewer"
     text += f", and looks at the mask pair by pair in {causal['tiles_masked']:,}; {number(total(full))} accesses"
-    how = {True: "counted", False: "counted, NOT by the formula"}.get(common.agrees(causal), "by the formula")
+    how = {True: "counted", False: "counted, NOT by the formula"}.get(tables.agrees(causal), "by the formula")
     if total(full) == total(causal):
         return f"{text}, as many as without the mask ({how})."
     return f"{text} become {number(total(causal))}, {ratios(rows, name, total)[N]:.2f} times fewer ({how})."
@@ -162,9 +163,9 @@ def table(rows: list[dict]) -> str:
         ("fewer\ntiles", against(visited)),
         ("fewer\naccesses", against(total)),
         ("times\nas fast", against(seconds)),
-        *common.OUTCOME,
+        *tables.OUTCOME,
     ]
-    return common.table(rows, columns)
+    return tables.table(rows, columns)
 
 
 # ---- picture --------------------------------------------------------------------------------------------------------

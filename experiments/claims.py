@@ -17,7 +17,7 @@ import click
 
 from sandbox import picture, records, target
 
-from . import common
+from . import common, tables
 from .common import Experiment
 from .verdicts import CLAIMS, FAILS, HOLDS, IN_PART, NOT_HERE, UNTESTED, V3, VERDICTS, Claim, Evidence, judge
 
@@ -167,7 +167,7 @@ def table(rows: list[dict]) -> str:
         ("why", wrapped(58, "why")),
         *([("revision", wrapped(9, "revision"))] if several else []),
     ]
-    return common.table(rows, columns)
+    return tables.table(rows, columns)
 
 
 # ---- picture --------------------------------------------------------------------------------------------------------

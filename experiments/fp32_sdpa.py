@@ -21,8 +21,9 @@ from sandbox.measure import gate, timing
 from sandbox.problem import Problem
 from sandbox.variant import Device, Infeasible, Tile
 
-from . import common, inputs
-from .common import Experiment, milliseconds
+from . import common, inputs, tables
+from .common import Experiment
+from .tables import milliseconds
 
 VARIANT = "fwd_v2"
 OURS, SDPA, CONTIGUOUS, MATH = f"sandbox:{VARIANT}", "torch:sdpa", "torch:sdpa contiguous", "torch:math"
@@ -215,7 +216,7 @@ def table(rows: list[dict]) -> str:
         ("gate", lambda row: row["gate"]),
         ("cannot run", lambda row: row["infeasible"]),
     ]
-    return common.table(rows, columns)
+    return tables.table(rows, columns)
 
 
 # ---- picture --------------------------------------------------------------------------------------------------------

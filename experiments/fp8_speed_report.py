@@ -6,8 +6,8 @@ from sandbox import picture
 from sandbox.measure import bench
 from sandbox.variant import SIMULATOR
 
-from . import common
-from .common import milliseconds
+from . import tables
+from .tables import milliseconds
 
 KERNEL, HEADS, FROM_BF16 = "fwd_v3_fp8", "fwd_v3_fp8 scales=head", "fwd_v3_fp8 from bf16"
 ROW_MAJOR, ROW_MAJOR_HEADS = f"{KERNEL} row-major V", f"{HEADS} row-major V"
@@ -182,7 +182,7 @@ def table(rows: list[dict]) -> str:
         ("gate", lambda row: row["gate"]),
         ("cannot run", lambda row: row["infeasible"]),
     ]
-    return common.table(rows, columns)
+    return tables.table(rows, columns)
 
 
 # ---- picture --------------------------------------------------------------------------------------------------------

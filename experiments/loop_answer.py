@@ -9,7 +9,7 @@ from sandbox.measure import formulas, standard
 from sandbox.problem import Problem
 from sandbox.variant import Tile
 
-from .common import gigabytes, milliseconds, number, problem_of, ratio, total
+from .tables import gigabytes, milliseconds, number, problem_of, ratio, total
 from .units import FMA, TENSOR
 
 ERRATUM = (

@@ -22,10 +22,11 @@ from sandbox.measure import formulas, standard, timing
 from sandbox.problem import Problem
 from sandbox.variant import Device, Tile
 
-from . import common, inputs, units
-from .common import Experiment, count
+from . import common, inputs, tables, units
+from .common import Experiment
 from .loop_answer import ON, answer, claims  # noqa: F401  (claims: for the claims' table)
 from .loop_picture import draw
+from .tables import count
 from .units import FMA
 
 # ---- the points -----------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def measure(point: common.Point) -> dict:
 
 def table(rows: list[dict]) -> str:
     return "\n\n".join(
-        common.table([row for row in rows if row["direction"] == direction], _columns(direction))
+        tables.table([row for row in rows if row["direction"] == direction], _columns(direction))
         for direction in ("fwd", "bwd")
         if any(row["direction"] == direction for row in rows)
     )
@@ -96,7 +97,7 @@ def _columns(direction: str):
         ("N", lambda row: row["N"]),
         *((f"reads\n{group}", _sum("reads", group)) for group in reads),
         *((f"writes\n{group}", _sum("writes", group)) for group in writes),
-        *common.OUTCOME,
+        *tables.OUTCOME,
     ]
 
 

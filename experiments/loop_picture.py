@@ -6,8 +6,8 @@ from sandbox import picture
 from sandbox.measure import formulas, standard
 from sandbox.variant import Tile
 
-from .common import count, gigabytes, ratio
 from .loop_answer import Facts, Kernels
+from .tables import count, gigabytes, ratio
 
 WALKS = {
     "kv_outer": (

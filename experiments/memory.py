@@ -23,7 +23,7 @@ from sandbox.measure.memory import peak_bytes
 from sandbox.problem import Problem
 from sandbox.variant import Device
 
-from . import common
+from . import common, tables
 from .common import Experiment
 
 STANDARD = "standard"
@@ -217,7 +217,7 @@ def table(rows: list[dict]) -> str:
         ("gate", lambda row: row["gate"]),
         ("cannot run", lambda row: row["infeasible"]),
     ]
-    return common.table(rows, columns)
+    return tables.table(rows, columns)
 
 
 def _each(row: dict) -> float:

@@ -22,8 +22,9 @@ from sandbox.measure import bench, gate, operations
 from sandbox.problem import Problem
 from sandbox.variant import Device, Tile
 
-from . import common, inputs
-from .common import Experiment, milliseconds, number, total
+from . import common, inputs, tables
+from .common import Experiment
+from .tables import milliseconds, number, total
 
 FA1, FA2 = "FA1 Algorithm 1", "FA2 Algorithm 1"
 ALGORITHMS = {FA1: algorithms.flash_attention_1_forward, FA2: algorithms.flash_attention_2_forward}
@@ -235,9 +236,9 @@ def table(rows: list[dict]) -> str:
         (f"share of time\nat {DEAR:.0f} : 1", share),
     ]
     fit = ("blocks\nan SM", lambda row: row["blocks_per_sm"])
-    columns = {True: [*size, *parts, *sums], False: [*size, fit, *common.OUTCOME]}
+    columns = {True: [*size, *parts, *sums], False: [*size, fit, *tables.OUTCOME]}
     groups = {of: [row for row in rows if (row["variant"] in ALGORITHMS) == of] for of in columns}
-    return "\n\n".join(common.table(group, columns[of]) for of, group in groups.items() if group)
+    return "\n\n".join(tables.table(group, columns[of]) for of, group in groups.items() if group)
 
 
 # ---- picture --------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from sandbox import catalog, picture, target
 from sandbox.measure import formulas, gate, timing
 from sandbox.variant import SECONDS_PER_MULTIPLY_ADD, Device
 
-from . import common
-from .common import Experiment, milliseconds
+from . import common, tables
+from .common import Experiment
+from .tables import milliseconds
 
 SAFE, ONLINE, TILED = "softmax_safe", "softmax_online", "softmax_tiled"
 PAPER = 1.3  # 1805.02867, abstract: "up to 1.3x"
@@ -162,7 +163,7 @@ def claim_2(rows: list[dict]):
 
 
 def _agree(rows) -> bool | None:
-    known = [agrees for row in rows if (agrees := common.agrees(row)) is not None]
+    known = [agrees for row in rows if (agrees := tables.agrees(row)) is not None]
     return all(known) if known else None
 
 
@@ -176,13 +177,13 @@ def table(rows: list[dict]) -> str:
         ("rows", lambda row: f"{row['rows']:,}"),
         ("N", lambda row: row["N"]),
         ("accesses\nan element", lambda row: row["accesses_per_element"] and f"{row['accesses_per_element']:.3g}"),
-        ("formula", lambda row: {True: "= equal", False: "DIFFERS"}.get(common.agrees(row))),
+        ("formula", lambda row: {True: "= equal", False: "DIFFERS"}.get(tables.agrees(row))),
         ("time", lambda row: row["seconds"] and milliseconds(row)),
         ("useful\nGB/s", lambda row: row["gigabytes_per_second"] and f"{row['gigabytes_per_second']:,.0f}"),
         ("max\nerror", lambda row: row["max_error"] and f"{row['max_error']:.1e}"),
         ("gate", lambda row: row["gate"]),
     ]
-    return common.table(rows, columns)
+    return tables.table(rows, columns)
 
 
 # ---- picture --------------------------------------------------------------------------------------------------------

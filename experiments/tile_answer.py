@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sandbox.measure import formulas
 
-from .common import milliseconds, number, problem_of, ratio, total
+from .tables import milliseconds, number, problem_of, ratio, total
 
 V1 = "fwd_v1", "fwd_v1_mma"
 

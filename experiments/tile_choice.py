@@ -21,7 +21,7 @@ from sandbox.measure.timing import Ungated
 from sandbox.problem import Problem
 from sandbox.variant import Device, Infeasible, Tile, Variant
 
-from . import common, inputs
+from . import common, inputs, tables
 from .common import Experiment
 
 SHAPES = {  # (d, causal, B·H, N)
@@ -207,7 +207,7 @@ def table(rows: list[dict]) -> str:
         ("gate", lambda row: row["gate"]),
         ("cannot run", lambda row: row["infeasible"]),
     ]
-    return common.table(rows, columns)
+    return tables.table(rows, columns)
 
 
 # ---- picture --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 
 from sandbox import picture
 
-from .common import ratio, short, total
+from .tables import ratio, short, total
 from .tile_answer import measured, names, over_theorem, stays, tile_of
 
 

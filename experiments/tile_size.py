@@ -15,8 +15,9 @@ from sandbox.mask import Mask
 from sandbox.problem import Problem
 from sandbox.variant import Device, Infeasible, Tile
 
-from . import common, inputs, units
-from .common import Experiment, count, total
+from . import common, inputs, tables, units
+from .common import Experiment
+from .tables import count, total
 from .tile_answer import answer, claims, over_theorem  # noqa: F401  (claims: for the claims' table)
 from .tile_maps import draw
 from .units import FMA, TENSOR
@@ -85,9 +86,9 @@ def table(rows: list[dict]) -> str:
         ("reads", lambda row: count(row["reads_total"])),
         ("writes", lambda row: count(row["writes_total"])),
         ("÷ N²d²/M", lambda row: None if total(row) is None else f"{over_theorem(row):.1f}"),
-        *common.OUTCOME,
+        *tables.OUTCOME,
     ]
-    return common.table(rows, columns)
+    return tables.table(rows, columns)
 
 
 EXPERIMENT = Experiment(

@@ -15,7 +15,7 @@ from sandbox.measure import formulas, standard
 from sandbox.variant import SIMULATOR
 
 from . import loop_answer, memory, online_softmax, tile_answer
-from .common import count, gigabytes, milliseconds, total
+from .tables import count, gigabytes, milliseconds, total
 
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
 NOT_HERE, UNTESTED = "not measurable here", "not yet tested"

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import causal_skip, common, non_matmul
+from experiments import causal_skip, common, non_matmul, tables
 from experiments.__main__ import main
 from sandbox import catalog, target
 from sandbox.algorithms import flash_attention_1_forward, flash_attention_2_forward, standard_attention
@@ -181,8 +181,8 @@ def test_non_matmul_counts_flops_and_accesses(tmp_path, capfd):
     said = " ".join(capfd.readouterr().out.split())
     if SIMULATED:
         for before, after in non_matmul.PAIRS:
-            assert common.total(kernels[before]) == common.total(kernels[after])
-        assert all(common.agrees(row) for row in kernels.values())
+            assert tables.total(kernels[before]) == tables.total(kernels[after])
+        assert all(tables.agrees(row) for row in kernels.values())
         assert "in each pair as many accesses, counted: what changes is arithmetic alone" in said
         assert "only a GPU can say" in said and "9. holds" in said and "not measurable here" in said
 
@@ -277,7 +277,7 @@ def test_causal_skip_counts_what_was_visited(tmp_path, capfd):
     said = " ".join(capfd.readouterr().out.split())
     if SIMULATED:
         for row in rows:
-            assert common.agrees(row)
+            assert tables.agrees(row)
             array, height = ("K", row["Bc"]) if row["variant"] == "fwd_v2" else ("Q", row["Br"])
             assert row[f"reads_{array}"] == row["tiles_visited"] * height * row["d"]  # what a visit streams
         assert "fwd_v2 at N=16, tile 4x2: it visits 20 of 32 tiles, 1.60 times fewer" in said

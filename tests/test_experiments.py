@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments import common, fp32_sdpa, loop_order, tile_size
+from experiments import common, fp32_sdpa, loop_order, tables, tile_size
 from experiments.__main__ import main, names
 from experiments.loop_answer import ON
 from experiments.units import FMA
@@ -361,11 +361,11 @@ def test_hardware_counters_fill_the_rows(tmp_path, monkeypatch):
 
 
 def test_numbers_in_words():
-    assert [common.count(n) for n in (None, 999, 65_536, 2_100_000)] == [None, "999", "65.5k", "2.1M"]
-    assert [common.short(n) for n in (12, 14_848, 830_300_000)] == ["12", "14.8k", "830M"]
-    assert common.ratio(1.5, "fewer", "more") == "1.5 times fewer"
-    assert common.ratio(0.5, "fewer", "more") == "2 times more"
+    assert [tables.count(n) for n in (None, 999, 65_536, 2_100_000)] == [None, "999", "65.5k", "2.1M"]
+    assert [tables.short(n) for n in (12, 14_848, 830_300_000)] == ["12", "14.8k", "830M"]
+    assert tables.ratio(1.5, "fewer", "more") == "1.5 times fewer"
+    assert tables.ratio(0.5, "fewer", "more") == "2 times more"
     assert picture.ink_on(picture.YELLOW) == picture.INK and picture.ink_on(picture.BLUE) == "white"
-    assert common.problem_of({"B": 1, "H": 2, "N": 3, "d": 4, "dtype": "fp16", "causal": False}) == Problem(
+    assert tables.problem_of({"B": 1, "H": 2, "N": 3, "d": 4, "dtype": "fp16", "causal": False}) == Problem(
         1, 2, 2, 3, 3, 4, "fp16"
     )

@@ -8,7 +8,8 @@ import torch
 
 from experiments import fp8_error
 from experiments.__main__ import main
-from experiments.fp8_error import (
+from experiments.fp8_error import Point
+from experiments.fp8_error_answer import (
     BLOCKS,
     CHANNELS,
     ENTRIES,
@@ -21,7 +22,7 @@ from experiments.fp8_error import (
     V2,
     V3,
     V3_FP8,
-    Point,
+    begins,
 )
 from sandbox import emulator, picture, quantize, target
 from sandbox.device.hopper import HopperLaunch
@@ -254,5 +255,5 @@ def test_a_part_is_reported_alone(part):
 
 
 def test_where_a_gain_begins():
-    assert fp8_error.begins({1: 1.0, 2: 1.2, 4: 1.0, 8: 1.3, 16: 2.0}) == 8
-    assert fp8_error.begins({1: 1.0, 2: 1.0}) is None and fp8_error.begins({1: 2.0}) == 1
+    assert begins({1: 1.0, 2: 1.2, 4: 1.0, 8: 1.3, 16: 2.0}) == 8
+    assert begins({1: 1.0, 2: 1.0}) is None and begins({1: 2.0}) == 1

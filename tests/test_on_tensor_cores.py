@@ -3,7 +3,7 @@
 import pytest
 from test_experiments import SMALL, fake_rows, gpu_plan, kernels, read, run
 
-from experiments import common, loop_order, tile_size, units
+from experiments import common, loop_order, tables, tile_size, units
 from experiments.__main__ import main
 from experiments.loop_answer import ON, Facts
 from experiments.units import FMA, TENSOR
@@ -82,7 +82,7 @@ def test_runs_of_both_units_share_a_folder(tmp_path, capsys):
     }
     for row in rows:
         assert (row["gate"], row["infeasible"]) == ("passed", None)
-        assert not SIMULATED or common.agrees(row)
+        assert not SIMULATED or tables.agrees(row)
     said = capsys.readouterr().out
     assert "by the loop and by skipping tiles that the mask empties" in said and "The warps alone" in said
 
@@ -102,7 +102,7 @@ def test_a_simulated_sweep_counts_what_the_formula_says(tmp_path):
     assert run("tile_size", *words) == 0
     rows = read(tmp_path, "tile_size")
     assert {row["variant"] for row in rows} == set(tile_size.VARIANTS[TENSOR])
-    assert all(row["gate"] == "passed" and common.agrees(row) and row["Br"] * row["Bc"] <= 1024 for row in rows)
+    assert all(row["gate"] == "passed" and tables.agrees(row) and row["Br"] * row["Bc"] <= 1024 for row in rows)
     assert (tmp_path / "tile_size-tensor.png").exists()
 
 

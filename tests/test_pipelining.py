@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from experiments import common, pipelining
+from experiments import common, pipelining, pipelining_report, tables
 from experiments.__main__ import main
 from experiments.claims import defaults
-from experiments.pipelining import ALL, BUILDS, OVERLAP, PING_PONG, SPECIALIZED
+from experiments.pipelining_report import ALL, BUILDS, OVERLAP, PING_PONG, SPECIALIZED
 from sandbox import emulator, nvrtc, target
 from sandbox.kernels import fwd_v3
 from sandbox.measure import gate, timing
@@ -92,8 +92,8 @@ def test_its_variants_have_names_of_their_own_in_no_catalog():
 )
 def test_other_shapes(options):
     found = rows(**options)
-    assert set(pipelining.best(found)) >= {*BUILDS} - {"3 stages"}  # there is no room for them beside d=256
-    assert not pipelining.paper(found[0]) and "Table 2" not in said(found)
+    assert set(pipelining_report.best(found)) >= {*BUILDS} - {"3 stages"}  # there is no room for them beside d=256
+    assert not pipelining_report.paper(found[0]) and "Table 2" not in said(found)
 
 
 def test_refused(tmp_path, capfd, monkeypatch):
@@ -179,9 +179,9 @@ def test_refusals_are_the_compilers_words(monkeypatch):
 
 def test_worth_compares_the_best_tile_of_each_build():
     found = rows()
-    row = pipelining.best(found)[OVERLAP]
+    row = pipelining_report.best(found)[OVERLAP]
     assert (row["Bc"], row["o_apart"], row["tflops"]) == (80, True, 610)
-    worth = pipelining.worth(found)
+    worth = pipelining_report.worth(found)
     assert set(worth) == set(BUILDS) - {ALL}
     assert worth[OVERLAP] == pytest.approx(700 / 610 - 1)
     assert worth[PING_PONG] == pytest.approx(700 / 710 - 1)  # below nothing, and said
@@ -215,9 +215,9 @@ def test_a_failed_tile_is_told_though_another_passed():
     found = rows()
     bad = next(row for row in found if row["build"] == OVERLAP)
     bad |= {"gate": "failed: O is off", "tflops": None, "seconds": None, "max_error": None, "error_ratio": None}
-    assert "failed: O is off" in pipelining.table(found) and OVERLAP not in pipelining.sound(found)
+    assert "failed: O is off" in pipelining.table(found) and OVERLAP not in pipelining_report.sound(found)
     assert not common.all_passed(found)
-    assert pipelining.best(found)[OVERLAP]["tflops"] == 610
+    assert pipelining_report.best(found)[OVERLAP]["tflops"] == 610
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_emulated_it_is_exact_and_goes_on_where_it_stopped(tmp_path, capfd):
     found = [json.loads(line) for line in (tmp_path / "pipelining.jsonl").read_text().splitlines()]
     assert {row["build"] for row in found} == set(BUILDS)
     assert all(row["gate"] == "passed" and row["tflops"] is None and row["seconds"] is None for row in found)
-    assert all(common.agrees(row) for row in found)
+    assert all(tables.agrees(row) for row in found)
     assert (tmp_path / "pipelining.csv").exists() and (tmp_path / "pipelining.png").stat().st_size > 10_000
     capfd.readouterr()
     assert main(words) == 0

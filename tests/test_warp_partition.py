@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from experiments import common, warp_partition
+from experiments import common, tables, warp_answer, warp_partition
 from experiments.__main__ import main
 from experiments.claims import defaults
-from experiments.warp_partition import SPLIT_K, SPLIT_Q, V1
+from experiments.warp_answer import SPLIT_K, SPLIT_Q, V1
 from sandbox import picture, target
 from sandbox.variant import HOPPER, SIMULATOR
 
@@ -47,7 +47,7 @@ def said(found) -> str:
 
 @pytest.mark.parametrize("device", [HOPPER, SIMULATOR], ids=lambda device: device.kind)
 def test_the_pair_has_one_tile_and_as_many_warps(device):
-    pairs = warp_partition.alike(rows(device))
+    pairs = warp_answer.alike(rows(device))
     assert {shape[:2] for shape in pairs} == {(d, causal) for d in (64, 128) for causal in (False, True)}
     for q, k in pairs.values():
         assert (q["variant"], q["kernel"], k["kernel"]) == ("fwd_v2_mma rows=16", SPLIT_Q, SPLIT_K)
@@ -88,7 +88,7 @@ def test_speeds_are_compared_alike_at_their_best_and_with_v1():
     assert "at least 132 heads" in text and "v2 reaches 400 TFLOP/s, 40% of 989; v1 100, 10%" in text
     assert "only a GPU" not in text
     assert warp_partition.claims(found)[0][:2] == (8, "holds")
-    full = warp_partition.filled(warp_partition.times(warp_partition.best(found, V1)), found)
+    full = warp_answer.filled(warp_answer.times(warp_answer.best(found, V1)), found)
     assert {N for _, _, N, *_ in full} == {1024, 2048}
     table = warp_partition.table(found)
     assert "× 1.20" in table and "× 1.60" in table and "× 4.00" in table
@@ -100,7 +100,7 @@ def test_a_partition_that_costs_nothing_does_not_hold():
 
 def test_nothing_that_failed_the_gate_is_compared():
     found = [row | {"gate": "failed: O is off"} if row["kernel"] == SPLIT_K else row for row in rows()]
-    assert not warp_partition.alike(found) and "split-Q is" not in said(found).partition("What this run")[0]
+    assert not warp_answer.alike(found) and "split-Q is" not in said(found).partition("What this run")[0]
     assert warp_partition.claims(found)[0][:2] == (8, "not yet tested")
     assert "failed: O is off" in warp_partition.table(found)
     failed = [row | {"gate": "failed: O is off"} for row in rows()]
@@ -126,7 +126,7 @@ def test_a_run(tmp_path, capfd):
         assert all(row["seconds"] > 0 and row["shared_read_bytes"] is None for row in found)
         return
     assert "times as many" in out and "8. not measurable here" in out
-    q, k = warp_partition.alike(found)[64, False, 64, 1, 1]
+    q, k = warp_answer.alike(found)[64, False, 64, 1, 1]
     tile, d, W = 64 * 64, 64, 4  # one step of one block
     assert q["shared_K"] == q["shared_V"] == (1 + W) * tile * 2 and q["shared_O"] == 0
     assert k["shared_K"] == (1 + 1) * tile * 2 and k["shared_V"] == (1 + 2) * tile * 2  # V again for each 32 rows
@@ -135,4 +135,4 @@ def test_a_run(tmp_path, capfd):
         assert row["shared_read_bytes"] + row["shared_write_bytes"] == sum(
             row[f"shared_{array}"] for array in warp_partition.MOVED
         )
-        assert common.agrees(row)
+        assert tables.agrees(row)
