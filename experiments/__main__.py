@@ -97,8 +97,9 @@ def cli():
 @cli.command(name="list")
 def list_command():
     """Name every experiment and its question."""
+    width = max(map(len, names())) + 2
     for name in names():
-        click.echo(f"{name:<14}{find(name).question}")
+        click.echo(f"{name:<{width}}{find(name).question}")
 
 
 cli.add_command(PerExperiment("run", command=run_command, help="Measure, and report."))

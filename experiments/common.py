@@ -144,8 +144,8 @@ def measure(point: Point) -> dict:
         return row | {"infeasible": "does not fit in the GPU's memory"}
     row |= {
         "gate": "passed" if verdict.passed else f"failed: {verdict.why}",
-        "max_error": _finite(verdict.max_error),
-        "error_ratio": _finite(verdict.ratio),
+        "max_error": finite(verdict.max_error),
+        "error_ratio": finite(verdict.ratio),
     }
     if verdict.traffic is not None:
         row |= counted(verdict.traffic)
@@ -177,7 +177,7 @@ def timed(t: timing.Timing, point: Point) -> dict:
     }  # fmt: skip
 
 
-def _finite(x: float) -> float | None:
+def finite(x: float) -> float | None:
     return float(x) if math.isfinite(x) else None
 
 

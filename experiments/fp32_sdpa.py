@@ -127,7 +127,7 @@ def timed(t: timing.Timing, point: Point) -> dict:
 
 
 def error(O, O_star) -> float | None:
-    return common._finite((O.double() - O_star).abs().max())
+    return common.finite((O.double() - O_star).abs().max())
 
 
 @functools.lru_cache(maxsize=1)  # the points of one N follow one another

@@ -261,7 +261,7 @@ def measure_kernel(point: Point) -> dict:
         if seed == 0:
             verdict = gate.check(variant, problem, tile, gate.Inputs(q, k, v), device)
             row["gate"] = "passed" if verdict.passed else f"failed: {verdict.why}"
-            row["error_ratio"] = common._finite(verdict.ratio)
+            row["error_ratio"] = common.finite(verdict.ratio)
         x, O = launcher.quantize(q, k, v), gate.poisoned(q)
         launcher.attend(problem, x, O, O.new_empty(problem.B, problem.H, problem.N_q, dtype=torch.float32))
         options = {"Bc": tile.Bc, "lazy": True, "mask": problem.mask, "scale": problem.scale}

@@ -189,7 +189,7 @@ def gated(name: str, problem: Problem, seed: int) -> tuple[dict, object]:
         return {"infeasible": str(reason)}, None
     except common.OutOfMemory:
         return {"infeasible": "does not fit in the GPU's memory"}, None
-    row = {"max_error": common._finite(verdict.max_error), "error_ratio": common._finite(verdict.ratio)}
+    row = {"max_error": common.finite(verdict.max_error), "error_ratio": common.finite(verdict.ratio)}
     if not verdict.passed:
         drawn.cache_clear()  # it may be the inputs that it changed
         return row | {"gate": f"failed: {verdict.why}"}, None

@@ -82,7 +82,7 @@ def measure(point: Point) -> dict:
         if point.variant != STANDARD:
             verdict = gate.check(*_kernel(point, p), x, target.device())
             row |= {"gate": "passed" if verdict.passed else f"failed: {verdict.why}"}
-            row |= {"max_error": common._finite(verdict.max_error)}
+            row |= {"max_error": common.finite(verdict.max_error)}
             if not verdict.passed:
                 return row
         run = call(point, x)

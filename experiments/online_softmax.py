@@ -82,7 +82,7 @@ def measure(point: Point) -> dict:
     verdict = gate.check_softmax(catalog.find(point.variant), X, device)
     row |= {
         "gate": "passed" if verdict.passed else f"failed: {verdict.why}",
-        "max_error": common._finite(verdict.max_error),
+        "max_error": common.finite(verdict.max_error),
     }
     if verdict.traffic is not None:
         row |= {"reads_total": verdict.traffic.total_reads, "writes_total": verdict.traffic.total_writes}

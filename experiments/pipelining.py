@@ -141,8 +141,8 @@ def measure(point: common.Point) -> dict:
         drawn.cache_clear()  # it may be the inputs that it changed
     row |= {
         "gate": "passed" if verdict.passed else f"failed: {verdict.why}",
-        "max_error": common._finite(verdict.max_error),
-        "error_ratio": common._finite(verdict.ratio),
+        "max_error": common.finite(verdict.max_error),
+        "error_ratio": common.finite(verdict.ratio),
     }
     if verdict.traffic is not None:
         row |= common.counted(verdict.traffic)

@@ -117,7 +117,9 @@ def test_scales_not_above_0_of_non_finite_inputs(which, value, scale):
         check(problem, gate.Inputs(**x), Tile(32, 32), variant=variant)
 
 
-@pytest.mark.parametrize("d, variant", [(112, VARIANT), (144, VARIANT), (176, VARIANT), (144, bwd_v2_mma_deterministic.VARIANT)])
+@pytest.mark.parametrize(
+    "d, variant", [*((d, VARIANT) for d in (112, 144, 176)), (144, bwd_v2_mma_deterministic.VARIANT)]
+)
 def test_tiles_wider_than_a_head(d, variant):
     problem = Problem(1, 1, 1, 20, 20, d, "fp16", mask=Mask(True))
     check(problem, tile=choose_tile(problem, target.device(), variant), variant=variant)
