@@ -110,11 +110,11 @@ def test_it_answers_by_the_numbers(tmp_path):
     assert f"at {n} of {n} shapes, 0.0% slower in the mean; timed once" in tile_choice.answer(found)
     unmeasured = [row | {"measured": None, "measured_behind": None} for row in found]  # as they were recorded once
     assert f"at {n} of {n} shapes, 0.0% slower in the mean." in tile_choice.answer(unmeasured)
-    found = list(rows(lambda point: 0.0301 if point.problem.d == 144 else 0.03))
-    off = {way: sum(d == 144 for d, *_ in shapes) for way, shapes in tile_choice.SHAPES.items()}
+    found = list(rows(lambda point: 0.0301 if point.problem.d == 208 else 0.03))
+    off = {way: sum(d == 208 for d, *_ in shapes) for way, shapes in tile_choice.SHAPES.items()}
     said = tile_choice.answer(found)
     assert f"at {n - off['fwd']} of {n} shapes" in said and f"at {ahead - off['bwd']} of {ahead} shapes" in said
-    assert "3.0% slower than" in said and "furthest at d=144" in said
+    assert "3.0% slower than" in said and "furthest at d=208" in said
     assert f"the few that it ranks first: at {n} of {n}." in said
     common.report(tile_choice.EXPERIMENT, found, tmp_path)
     assert (tmp_path / "tile_choice.png").stat().st_size > 10_000
