@@ -9,6 +9,7 @@ import secrets
 
 import pytest
 import torch
+from child import child
 from hypothesis import HealthCheck, is_hypothesis_test, seed, settings
 
 from sandbox import target
@@ -68,6 +69,13 @@ def device():
 def torch_device():
     """Where their tensors live."""
     return target.torch_device()
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """A process that compiles for sm_90a, with a GPU or without: child.py."""
+    with child() as pool:
+        yield pool
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from test_compile import child
 
 from sandbox import catalog, cubin
 from sandbox.cli import watch
@@ -35,12 +34,6 @@ def test_a_round_has_a_process_for_each_kernel(name):
     for case in spread(variant, HOPPER, quick=True):
         assert (name, case.problem.kind, case.tile) in wanted
     assert {one.name for one in wanted} <= {name, variant.parent}
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    with child() as pool:
-        yield pool
 
 
 def compile_then_look(folder: Path, wanted: list, waiting: int) -> tuple[list, list, int]:

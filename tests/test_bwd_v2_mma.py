@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -223,19 +221,6 @@ def test_columns_that_warps_share():
 
 
 # ---- the binary for sm_90a, with or without a GPU -------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    """A process in which the target is sm_90a and no GPU is seen."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("SANDBOX_TARGET", "compile")
-        environment.setenv("CUDA_VISIBLE_DEVICES", "")
-        environment.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
-        pool = ProcessPoolExecutor(1, get_context("spawn"))
-        pool.submit(os.getpid).result()
-    with pool:
-        yield pool
 
 
 def compiled(variant: str, problem: Problem, folder) -> tuple:

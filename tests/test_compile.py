@@ -13,14 +13,13 @@ import struct
 import subprocess
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from child import child
 from hypothesis import settings
 
 from sandbox import catalog
@@ -33,25 +32,6 @@ from sandbox.variant import HOPPER, Tile
 KERNELS = [name for name, v in catalog.variants().items() if v.direction != "softmax" and not v.tiles]  # test_hopper.py
 LONG = settings.default.max_examples >= 300  # the ci profile
 FULL, BAND, BOOLEAN, BOTH = Mask(), Mask(causal=True), Mask(boolean=True), Mask(causal=True, boolean=True)
-
-
-@contextmanager
-def child():
-    """A process in which the target is sm_90a and no GPU is seen; it does one job at a time."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("SANDBOX_TARGET", "compile")
-        environment.setenv("CUDA_VISIBLE_DEVICES", "")
-        environment.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
-        pool = ProcessPoolExecutor(1, get_context("spawn"))
-        pool.submit(os.getpid).result()  # it has started, in this environment
-    with pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    with child() as pool:
-        yield pool
 
 
 @pytest.fixture(scope="module")

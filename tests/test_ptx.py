@@ -6,8 +6,6 @@ The layouts are written down once more here, number by number, from the PTX manu
 from __future__ import annotations
 
 import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -560,19 +558,12 @@ def compile_product(kind: str, dtype: str, folder) -> tuple:
 
 
 @pytest.mark.skipif(nvdisasm() is None, reason="no nvdisasm on this machine")
-def test_is_made_of_tensor_core_instructions(tmp_path):
+def test_is_made_of_tensor_core_instructions(compiler, tmp_path):
     """One HMMA for each 16 x 8 x 16, one LDSM for each block of a tile, and nothing spilled."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("SANDBOX_TARGET", "compile")
-        environment.setenv("CUDA_VISIBLE_DEVICES", "")
-        environment.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
-        pool = ProcessPoolExecutor(1, get_context("spawn"))
-        pool.submit(os.getpid).result()
-    with pool:
-        for kind, dtype in (("nt", "fp16"), ("tn", "bf16"), ("rn", "fp16")):
-            report, cubin = pool.submit(compile_product, kind, dtype, tmp_path).result()
-            assert (report.stack, report.spills) == (0, 0), f"{kind}: {report}"
-            text = disassembled(cubin, tmp_path)
-            assert text.count("HMMA.16816.F32" + ".BF16" * (dtype == "bf16")) == 2 * 8 * 8, kind
-            assert text.count("LDSM.16.M") == 2 * 8 + 4 * 8, kind
-            assert text.count("STSM.16.M") == 2 * 4 and "LDGSTS.E.BYPASS.LTC128B.128" in text, kind
+    for kind, dtype in (("nt", "fp16"), ("tn", "bf16"), ("rn", "fp16")):
+        report, cubin = compiler.submit(compile_product, kind, dtype, tmp_path).result()
+        assert (report.stack, report.spills) == (0, 0), f"{kind}: {report}"
+        text = disassembled(cubin, tmp_path)
+        assert text.count("HMMA.16816.F32" + ".BF16" * (dtype == "bf16")) == 2 * 8 * 8, kind
+        assert text.count("LDSM.16.M") == 2 * 8 + 4 * 8, kind
+        assert text.count("STSM.16.M") == 2 * 4 and "LDGSTS.E.BYPASS.LTC128B.128" in text, kind
