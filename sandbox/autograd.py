@@ -11,7 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import catalog, target
-from .choose import choose_tile
+from .choose import MEASURED, choose_tile
 from .problem import Problem, problem_of
 from .variant import SECONDS_PER_MULTIPLY_ADD, Tile
 
@@ -145,14 +145,14 @@ def tile_of(tile, problem, device, variant) -> Tile:
     elif isinstance(tile, (tuple, list)) and len(tile) == 2:
         chosen = Tile(*tile)
     else:
-        raise TypeError(f"tile={tile!r}: expected a pair (Br, Bc) of integers, None, or in attention() 'measured'")
+        raise TypeError(f"tile={tile!r}: expected a pair (Br, Bc) of integers, None, or in attention() {MEASURED!r}")
     variant.fit(problem, chosen, device)
     return chosen
 
 
 def _tile(tile, problem, device, variant, tensors: Callable) -> Tile:
     """As tile_of; for 'measured' the fastest on the tensors of a launch."""
-    if not isinstance(tile, str) or tile != "measured":
+    if not isinstance(tile, str) or tile != MEASURED:
         return tile_of(tile, problem, device, variant)
     from .measure.fastest import fastest
 

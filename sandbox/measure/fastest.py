@@ -13,13 +13,12 @@ from dataclasses import replace
 import torch
 
 from .. import cubin, target
-from ..choose import candidates
+from ..choose import MEASURED, candidates
 from ..problem import Problem
 from ..variant import Device, Infeasible, Tile, Variant
 from . import gate, timing
 from .bench import kernel_hash
 
-MEASURED = "measured"  # in the place of a tile
 GATED = dict(B=1, H=2, H_kv=2, N_q=333, N_k=333)
 BUDGET_S = 0.03  # of launches of each tile
 
