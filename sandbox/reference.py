@@ -58,18 +58,21 @@ def backward(problem: Problem, q, k, v, dO, mask=None):
     Q, K, V, dO = _queries(problem, q=q), _keys(problem, k=k), _keys(problem, v=v), _queries(problem, dO=dO)
     dQ, dK, dV = torch.zeros_like(Q), torch.zeros_like(K), torch.zeros_like(V)
     for piece in _pieces(problem, Q, K, mask):
-        dO_i, V_x, P, seen = dO[piece.rows], V[piece.heads], piece.P, piece.seen
-        O = _sum(OVER_KEYS, P, V_x, seen)
-        D = (dO_i * O).sum(-1, keepdim=True)
-        dP = torch.einsum(PAIRS, dO_i, V_x)
-        dS = P * (dP - D)
-        if problem.softcap:  # d(c·tanh(s/c))/ds = 1 - tanh² = 1 - (S/c)²
-            dS = dS * (1 - (piece.S / problem.softcap) ** 2)
-        dS = dS.masked_fill(~seen, 0) * problem.scale
+        dO_i, P, seen = dO[piece.rows], piece.P, piece.seen
+        dS = _dS(problem, piece, dO_i, V[piece.heads])
         dQ[piece.rows] = _sum(OVER_KEYS, dS, piece.K, seen)
         dK[piece.heads] += _sum(OVER_QUERIES, dS, piece.Q, seen)
         dV[piece.heads] += _sum(OVER_QUERIES, P, dO_i, seen)
     return _as_q(problem, dQ), _as_k(problem, dK), _as_k(problem, dV)
+
+
+def _dS(problem, piece, dO, V):
+    """scale·P∘(dP - D), through the softcap's slope, 0 where not seen: [x, g, i, j]."""
+    D = (dO * _sum(OVER_KEYS, piece.P, V, piece.seen)).sum(-1, keepdim=True)
+    dS = piece.P * (torch.einsum(PAIRS, dO, V) - D)
+    if problem.softcap:  # d(c·tanh(s/c))/ds = 1 - tanh² = 1 - (S/c)²
+        dS = dS * (1 - (piece.S / problem.softcap) ** 2)
+    return dS.masked_fill(~piece.seen, 0) * problem.scale
 
 
 # ----------------------------------------------------------------------------------------- its low-precision twin
@@ -77,7 +80,7 @@ def backward(problem: Problem, q, k, v, dO, mask=None):
 
 @torch.no_grad()
 def twin_forward(problem: Problem, q, k, v, mask=None):
-    """O like q, in q's dtype: matmul, scale, softcap, masked softmax, matmul, each rounding to that dtype."""
+    """O like q, in q's dtype: scale, matmul, softcap, masked softmax, matmul, each rounding to that dtype."""
     O = torch.zeros_like(_queries(problem, q.dtype, q=q))
     for rows, _, O_i in _eager(problem, q, k, v, mask, split_rows=True):
         O[rows] = O_i
@@ -146,6 +149,10 @@ def _eager(problem, q, k, v, mask, split_rows):
 # The given O is rounded to the inputs' dtype, of unit u': D errs by u'·Σ_c |dO_ic·o_ic| and dS by p_ij times that.
 # In fp32 this is far below the other terms; in 16 bits it is the largest, and eager attention, which keeps P and not
 # O for its backward, does not have it.
+# In 16 bits dS is rounded before the tensor cores, each by u'·|dS_ij| and independently, so that the errors add as
+# squares: dQ gains u'·|scale|·√(Σ_j (dS_ij·k_jc)²), dK likewise.  Eager attention rounds it, too, and 2·max|E - O*|
+# nearly always covers it; not with two equal keys, where eager's two roundings cancel and those of a kernel, whose D
+# has an error of its own, do not.
 # A softcap multiplies dS by 1 - t², t = tanh(s/c), at most 1; its error 2|t|·(1 - t²)·|δs|/c <= |δs|/c is relative to
 # p_ij·(G_ij + Ḡ_i), so R_i gains A_i/c.
 
@@ -185,23 +192,27 @@ def reach(problem: Problem, q, k, mask=None):
 @torch.no_grad()
 def fp32_allowance_backward(problem: Problem, q, k, v, dO, mask=None):
     """The allowances of dQ, dK, dV, each of its gradient's shape, float64: derived above."""
-    Q, K, V = _queries(problem, q=q), _keys(problem, k=k), _keys(problem, v=v)
-    dO = _queries(problem, dO=dO).abs()
-    dQ, dK, dV = torch.zeros_like(Q), torch.zeros_like(K), torch.zeros_like(V)
+    Q, K, V, dO = _queries(problem, q=q), _keys(problem, k=k), _keys(problem, v=v), _queries(problem, dO=dO)
+    dQ, dK, dV, dK_squares = torch.zeros_like(Q), torch.zeros_like(K), torch.zeros_like(V), torch.zeros_like(K)
+    unit = UNIT[problem.dtype]
     for piece in _pieces(problem, Q, K, mask):
-        dO_i, V_x, P, seen = dO[piece.rows], V[piece.heads], piece.P, piece.seen
+        dO_i, V_x, P, seen = dO[piece.rows].abs(), V[piece.heads], piece.P, piece.seen
         O_i = _sum(OVER_KEYS, P, V_x, seen)
         A = _reach(problem, piece)
         R = 1 + A + piece.LSE.abs().unsqueeze(-1) + (A / problem.softcap if problem.softcap else 0)
         error_P = (4 * U * R * P).masked_fill(~seen, 0)
         G = torch.einsum(PAIRS, dO_i, V_x.abs()).masked_fill(~seen, 0)
-        error_D = UNIT[problem.dtype] * (dO_i * O_i.abs()).sum(-1, keepdim=True)
+        error_D = unit * (dO_i * O_i.abs()).sum(-1, keepdim=True)
         error_S = error_P * (G + (P * G).sum(-1, keepdim=True)) + P * error_D
         error_S = error_S.masked_fill_(~seen, 0) * abs(problem.scale)
         dQ[piece.rows] = _sum(OVER_KEYS, error_S, piece.K.abs(), seen)
         dK[piece.heads] += _sum(OVER_QUERIES, error_S, piece.Q.abs(), seen)
         dV[piece.heads] += _sum(OVER_QUERIES, error_P, dO_i, seen)
-    return _as_q(problem, dQ), _as_k(problem, dK), _as_k(problem, dV)
+        if problem.dtype != "fp32":
+            squares = (unit * _dS(problem, piece, dO[piece.rows], V_x)) ** 2
+            dQ[piece.rows] += _sum(OVER_KEYS, squares, piece.K**2, seen).sqrt()
+            dK_squares[piece.heads] += _sum(OVER_QUERIES, squares, piece.Q**2, seen)
+    return _as_q(problem, dQ), _as_k(problem, dK + dK_squares.sqrt()), _as_k(problem, dV)
 
 
 def _reach(problem, piece):
@@ -263,8 +274,11 @@ def _chunks(problem, mask, device, split_rows=True):
 
 
 def _scores(problem, Q, K):
-    """S = scale·Q Kᵀ, capped, not yet masked; each step rounds to Q's dtype."""
-    S = torch.einsum(PAIRS, Q, K) * problem.scale
+    """S = (scale·Q) Kᵀ, capped, not yet masked; each step rounds to Q's dtype.
+
+    The scale comes first, as in eager code for fp16, where Q Kᵀ alone may overflow: a twin of NaN tells no error.
+    """
+    S = torch.einsum(PAIRS, Q * problem.scale, K)
     return problem.softcap * torch.tanh(S / problem.softcap) if problem.softcap else S
 
 

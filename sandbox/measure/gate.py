@@ -4,7 +4,8 @@ E is the oracle's low-precision twin, the eager computation in the inputs' dtype
 
 fp32        |O - O*| <= 2 max|E - O*| + 4u·(…) elementwise, and so for each gradient; reference.py derives the terms
 fp16, bf16  the same, terms with float32's u as a kernel accumulates in it, and one rounding more: u max|O*|.  Without
-            the terms a gradient that is exactly 0 (one key: P = 1, dS = 0), and E with it, would allow no error at all
+            the terms a gradient that is exactly 0 (one key: P = 1, dS = 0), and E with it, would allow no error at all;
+            they hold what a backward rounds and E does not, or rounds with more luck: O for D, and dS
 LSE         float32 whatever the dtype: the fp32 rule
 
 Outputs are poisoned with NaN before the launch, inputs must be the same bits after it.  A second call, with other
