@@ -264,9 +264,12 @@ def test_tensor_cores_and_no_spills(d, dtype, causal, softcap, compiler, tmp_pat
         assert "CALL" not in text and "LDL" not in text
 
 
-@pytest.mark.parametrize("d, dtype, causal, softcap", [(128, "bf16", True, 0.0)] if not LONG else CASES)
-def test_deterministic_spills_nothing(d, dtype, causal, softcap, compiler, tmp_path):
-    problem = Problem(1, 32, 32, 4096, 4096, d, dtype, mask=Mask(causal), softcap=softcap)
+ANY_SIGN = [(*case, None) for case in (CASES if LONG else [])] + [(128, "fp16", True, 0.0, -0.3)]
+
+
+@pytest.mark.parametrize("d, dtype, causal, softcap, scale", ANY_SIGN)
+def test_deterministic_spills_nothing(d, dtype, causal, softcap, scale, compiler, tmp_path):
+    problem = Problem(1, 32, 32, 4096, 4096, d, dtype, scale, Mask(causal), softcap)
     _, _, found = compiler.submit(compiled, "bwd_v2_mma_deterministic", problem, tmp_path).result()
     assert set(found) == {"rowsum", "dkdv", "dq"}
     for name, (report, _) in found.items():

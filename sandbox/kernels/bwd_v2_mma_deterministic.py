@@ -71,6 +71,8 @@ def build(problem, tile, device, **turned):
         return int32(slot if slot < STAGES * Br else slot - STAGES * Br)
 
     def kernel(SCORED):
+        SIGNED = SCORED and not SOFTCAP
+
         @cuda.jit
         def dkdv(Q, K, V, dO, L, D, dK, dV, scale, softcap, unit, lo, hi, section):
             block, thread, warp, lane = where()
@@ -152,7 +154,8 @@ def build(problem, tile, device, **turned):
                             clear_S(rdP)
                             VdOt(rdP, sV, w0, sdO, slot + r0)
                             if seen != ALL:
-                                hide(rdP, ZERO, j0 + w0, i * Br + r0, N_k, lo, hi, lane)
+                                again = int32(here(lane)) if SIGNED else lane  # what ptxas needs to spill nothing
+                                hide(rdP, ZERO, j0 + w0, i * Br + r0, N_k, lo, hi, again)
                             slope(rdS, rW, rdP, sD, slot + r0, lane)
 
                             # dV += Pᵀ dO,  dK += dSᵀ Q    lines 12, 16
