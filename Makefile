@@ -17,7 +17,7 @@ PYTHON := .venv/bin/python
 READY := .venv/requirements.txt
 endif
 
-.PHONY: help setup test experiment check clean named interpreter
+.PHONY: help setup test experiment results check clean named interpreter
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 18
@@ -33,6 +33,9 @@ test: $(READY) ## prove every kernel exact; HYPOTHESIS_PROFILE=quick|default|ci,
 
 experiment: named $(READY) ## make experiment NAME=loop_order ARGS='--seqlen 128' OUT=out
 	@$(PYTHON) -m experiments run $(NAME) --out '$(OUT)' $(ARGS)
+
+results: $(READY) ## all that results/ holds, measured on the GPU here; goes on where it stopped; ARGS='--only bench'
+	@$(PYTHON) -m experiments all $(ARGS)
 
 named:
 	@if [ -z '$(NAME)' ]; then

@@ -1,4 +1,4 @@
-"""python -m experiments list · run NAME --out DIR [options] · draw NAME --out DIR"""
+"""python -m experiments list · run NAME --out DIR [options] · draw NAME --out DIR · all"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import experiments
 from sandbox import catalog, records
 from sandbox.cli._run import run
 
-from . import common
+from . import common, everything
 
 OUT = click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"), show_default=True,
@@ -100,6 +100,20 @@ def list_command():
     width = max(map(len, names())) + 2
     for name in names():
         click.echo(f"{name:<{width}}{find(name).question}")
+
+
+@cli.command(name="all")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="results/DEVICE unless given.")
+@click.option("--only", metavar="WORD", multiple=True, help="Those that have the word in them: bench, say.")
+@click.option("--fresh", is_flag=True, help="Again, too, what is on record.")
+@click.option("--dry-run", is_flag=True, help="Name the runs, and make none.")
+@click.pass_context
+def all_command(ctx, out, only, fresh, dry_run):
+    """Measure all that results/ holds, on the GPU at hand: an hour or so, which goes on where it was stopped."""
+    if dry_run:
+        click.echo("\n".join(everything.RUNS))
+        return
+    ctx.exit(0 if everything.run(out, only, fresh) else 1)
 
 
 cli.add_command(PerExperiment("run", command=run_command, help="Measure, and report."))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import textwrap
-import time
 from pathlib import Path
 
 import click
@@ -122,7 +121,7 @@ def row_of(claim: Claim, evidence: Evidence, recorded: bool) -> dict:
     return {
         "number": claim.number, "claim": claim.claim, "where": claim.where, "tested_by": claim.tested_by,
         "paper": claim.paper, **judge(claim, evidence), "rows": len(rows), "recorded": recorded,
-        "device": evidence.device, **made_at, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": evidence.device, **made_at, "time": records.now(),
     }  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -233,8 +232,7 @@ def collect(experiment: Experiment, out: Path, fresh: bool, force: bool, options
     try:
         with tqdm(total=len(points), initial=len(points) - len(pending), unit="point", desc=experiment.name) as bar:
             for p, measured in _measured(experiment.measure, pending, device, seconds):
-                now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-                rows[id(p)] = p.fields() | measured | stamp | {"time": now}
+                rows[id(p)] = p.fields() | measured | stamp | {"time": records.now()}
                 log.append(rows[id(p)])
                 bar.update()
         if not device.simulated:

@@ -25,6 +25,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import metadata
@@ -87,6 +88,10 @@ def versions() -> dict[str, str]:
         done = subprocess.run(query, check=True, capture_output=True, text=True, timeout=30)
         found["driver"] = done.stdout.split()[0]
     return found
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def provenance(device) -> dict:

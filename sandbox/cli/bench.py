@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import click
@@ -159,7 +158,7 @@ def run(points, device, folders: list[Path], fresh: bool) -> list[dict]:
                 else:
                     folders[0].mkdir(parents=True, exist_ok=True)
                     records.write_whole(unfinished, "\n".join([*earlier, name]))
-                    same = {"run": name, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+                    same = {"run": name, "time": records.now()}
                     now = [
                         row | measured | {"ms_before": old and old["ms"]} | same
                         for row, measured, old in zip(fields, bench.measure(point, device), before, strict=True)
