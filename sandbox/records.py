@@ -10,7 +10,7 @@ A table of README.md stands between two markers; the first says which results it
     <!-- end -->
 
 `columns` picks and orders the columns, `pivot=provider values=tflops` adds one for each provider, filled with its
-TFLOP/s; every other word keeps the rows whose field has that value.
+TFLOP/s; every other word keeps the rows whose field has that value, or one of several between commas.
 `table:variants` is the lineage of the kernels, from the catalog: each variant, its parent and what it changes.
 """
 
@@ -189,7 +189,8 @@ def make_table(what: str, words: list[str]) -> str:
     options = dict(word.partition("=")[::2] for word in words)
     columns, pivot, values = (options.pop(word, "") for word in ("columns", "pivot", "values"))
     rows = read(RESULTS / f"{what}.jsonl")
-    rows = [row for row in rows if all(_shown(row.get(field)) == value for field, value in options.items())]
+    kept = {field: value.split(",") for field, value in options.items()}
+    rows = [row for row in rows if all(_shown(row.get(field)).replace(",", "") in kept[field] for field in kept)]
     if not rows:
         raise ValueError(f"table:{what} {' '.join(words)}: no such rows under results/")
     columns = columns.split(",") if columns else list(rows[0])

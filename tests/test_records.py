@@ -106,6 +106,13 @@ def test_a_table_of_what_is_not_there_is_refused(readme):
     assert asked.exit_code == 2 and "N=65" in asked.output
 
 
+def test_one_of_several_values(readme):
+    for N, rows in ("64", 1), ("64,1000000", 2), ("1000000,65", 1), ("65,66", 0):
+        readme.write_text(f"<!-- table:nvidia-h200/bench columns=N N={N} -->\n<!-- end -->\n")
+        asked = records_command("--write", readme)
+        assert (asked.exit_code == 0) == (rows > 0) and readme.read_text().count("\n|") == (rows and rows + 2)
+
+
 def test_the_lineage_names_every_variant_and_its_parent():
     table = records.lineage()
     assert "| `fwd_v2_one_block` |" in table and "| `fwd_v2` " in table
