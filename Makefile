@@ -34,7 +34,7 @@ test: $(READY) ## prove every kernel exact; HYPOTHESIS_PROFILE=quick|default|ci,
 experiment: named $(READY) ## make experiment NAME=loop_order ARGS='--seqlen 128' OUT=out
 	@$(PYTHON) -m experiments run $(NAME) --out '$(OUT)' $(ARGS)
 
-results: $(READY) ## all that results/ holds, measured on the GPU here; goes on where it stopped; ARGS='--only bench'
+results: $(READY) ## what results/ holds, measured on the GPU here; goes on where it stopped; ARGS='--only bench'
 	@$(PYTHON) -m experiments all $(ARGS)
 
 named:

@@ -109,7 +109,7 @@ def list_command():
 @click.option("--dry-run", is_flag=True, help="Name the runs, and make none.")
 @click.pass_context
 def all_command(ctx, out, only, fresh, dry_run):
-    """Measure all that results/ holds, on the GPU at hand: an hour or so, which goes on where it was stopped."""
+    """Measure what results/ holds, on the GPU at hand; goes on where it was stopped."""
     if dry_run:
         click.echo("\n".join(everything.RUNS))
         return

@@ -4,7 +4,8 @@
     forward, backward                   the oracle: float64, from the very inputs that a kernel was given
     twin_forward, _backward, _lse       the eager computation in the inputs' dtype: what rounding alone costs
     fp32_allowance_forward, _lse, _backward
-                                        4u times the conditioning of each result: what an fp32 kernel may add to that
+                                        4u times the conditioning of each result: what a kernel that sums in fp32 may
+                                        add to that; of gradients also what rounding O and dS to the inputs' dtype does
 
 Tensors are q, dO [B, N_q, H, d] and k, v [B, N_k, H_kv, d]; LSE is [B, H, N_q]; ``mask`` is bool, broadcastable to
 (B, H, N_q, N_k), True = seen.  Query head h reads key/value head h // group.  A row that sees nothing, or whose every

@@ -157,6 +157,13 @@ def test_from_the_command_line(capfd, clock, tmp_path):
 
 
 @simulated
+def test_a_backward_has_a_picture_of_its_own(capfd, clock, tmp_path):
+    for name in "fwd_v2", "bwd_v2":
+        assert told(capfd, "bench", name, *SMALL, "--against", "torch:math", "--out", tmp_path)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench-bwd.png", "bench.jsonl", "bench.png"]
+
+
+@simulated
 def test_a_backward_is_compared_by_its_gradients(clock, device):
     (row, rival) = bench.measure(*points("sandbox:bwd_v2", "torch:math", direction="bwd"), device)
     assert row["gate"] == "passed" and rival["max_error"] > 0.1

@@ -197,10 +197,11 @@ def report(rows: list[dict], out: Path) -> None:
     click.echo(told.title(rows))
     for line in told.careful(rows):
         click.echo(line)
-    draft = out / f".bench.{os.getpid()}.png"
+    drawn = out / ("bench-bwd.png" if rows[0]["direction"] == "bwd" else "bench.png")
+    draft = out / f".{os.getpid()}.{drawn.name}"
     try:
         told.draw(rows).savefig(draft)
-        os.replace(draft, out / "bench.png")
+        os.replace(draft, drawn)
     finally:
         draft.unlink(missing_ok=True)
-    click.echo("written: " + "  ".join(str(out / f"bench.{end}") for end in ("jsonl", "png")))
+    click.echo(f"written: {out / 'bench.jsonl'}  {drawn}")
