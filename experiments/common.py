@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import click
@@ -250,7 +251,12 @@ def _compile(points, device: Device):
     """What the cache lacks of these points, several kernels at once: else each would be compiled where it is timed."""
     wanted = [ahead.Wanted(*kernel) for p in points if hasattr(p, "kernels") for kernel in p.kernels()]
     with tqdm(total=len(set(wanted)), unit="kernel", desc="compiling") as bar:
-        ahead.compile_all(wanted, device, progress=lambda done, of: bar.reset(of) or bar.update(done))
+        ahead.compile_all(wanted, device, progress=partial(_show, bar))
+
+
+def _show(bar: tqdm, done: int, of: int):
+    bar.total, bar.n = of, done
+    bar.refresh()
 
 
 def _count_bytes(measured: list[tuple[Point, dict]], log: records.Log):

@@ -162,6 +162,16 @@ def test_a_tile_that_the_compiler_refuses_is_one_that_does_not_fit(tmp_path, mon
     assert rows[16, 4]["gate"] == "passed"
 
 
+def test_compiling_is_seen_to_advance(monkeypatch, capsys):
+    def compile_all(wanted, device, progress):
+        for done in 1, 2:
+            progress(done, 3)  # of those that the cache lacks
+            assert f"{done}/3" in capsys.readouterr().err
+
+    monkeypatch.setattr(common.ahead, "compile_all", compile_all)
+    common._compile([], HOPPER)
+
+
 def test_a_failed_gate_is_told_and_never_timed(tmp_path, capsys, monkeypatch):
     failed = gate.Verdict(passed=False, max_error=float("nan"), ratio=9.0, why="O is off", traffic=None, launch=None)
     monkeypatch.setattr(gate, "check", lambda *_: failed)

@@ -22,6 +22,7 @@ from sandbox import nvrtc
 from sandbox.device import hopper
 from sandbox.device.hopper import Counter, HopperLaunch, Output, Panels
 from sandbox.problem import Problem
+from sandbox.variant import Infeasible, Tile
 
 LAYOUT = "16Q QQ Q 8i2f"  # a map, an output, a counter, null, a shape
 MAP = 128  # bytes of a tensor map
@@ -190,6 +191,24 @@ def test_on_the_device_of_the_tensors(paper, attend, monkeypatch):
         attend(Q, on_cuda(1, 4, 64))
     with pytest.raises(ValueError, match="Q is on cpu: expected all tensors on one CUDA device"):
         attend(torch.zeros(1, 64, 4, 128, dtype=torch.float16), on_cuda(1, 4, 64))
+
+
+def test_a_tile_that_spills_is_infeasible(monkeypatch):
+    """In one line; of a kernel without a tile all that the compiler said is told."""
+
+    def compile(*_, **__):
+        raise nvrtc.Spills("saxpy.cu: saxpy has 60 bytes of spills\nthe log")
+
+    monkeypatch.setattr(nvrtc, "compile", compile)
+    launch = kernel(written=True)
+    with pytest.raises(nvrtc.Spills, match="the log"):
+        launch.binary()
+    launch.tile = Tile(128, 192)
+    with pytest.raises(Infeasible) as caught:
+        launch.binary()
+    assert str(caught.value) == (
+        "tile 128x192: saxpy.cu: saxpy has 60 bytes of spills: take a smaller tile, or None for the usual one"
+    )
 
 
 def test_threads_do_not_meet_in_a_launch(paper, attend):

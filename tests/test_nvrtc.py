@@ -51,7 +51,7 @@ def test_a_template_and_its_neighbours(tmp_path, cache):
     file.write_text("template <int N> __global__ void fill(float *x) { x[threadIdx.x] = N; }\n" + PTXAS["a stack"][0])
     binary = nvrtc.compile(file, "fill<3>", {})
     assert binary.report.entry == "_Z4fillILi3EEvPf" and binary.report.stack == 0
-    with pytest.raises(nvrtc.CompileError, match="1200 of stack"):
+    with pytest.raises(nvrtc.Spills, match="1200 of stack"):
         nvrtc.compile(file, "f", {})
 
 

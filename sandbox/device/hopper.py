@@ -16,6 +16,7 @@ import torch
 from .. import emulator, nvrtc
 from ..problem import Problem
 from ..target import SIMULATED
+from ..variant import Infeasible, Tile
 from . import launch as launches
 from .counting import count
 from .launch import addressable
@@ -78,11 +79,15 @@ class HopperLaunch:
     threads     threads a block
     shared      bytes of dynamic shared memory
     parameters  Panels, Outputs, Counters and classes of ctypes structures, in the kernel's order
+    tile        what it was built for, if anything: where the kernel spills, the tile is Infeasible
     given       what each of them but a Counter is this time: tensors and structures
     """
 
-    def __init__(self, file: Path, entry: str, threads: int, shared: int, defines: dict[str, int], parameters: tuple):
-        self.file, self.name, self.defines = file, entry, defines
+    def __init__(
+        self, file: Path, entry: str, threads: int, shared: int, defines: dict[str, int], parameters: tuple,
+        tile: Tile | None = None,
+    ):  # fmt: skip
+        self.file, self.name, self.defines, self.tile = file, entry, defines, tile
         self.threads, self.shared, self.parameters = threads, shared, parameters
         self._kernels, self._here, self._encoded, self._emulated = {}, launches.Prepared(), {}, 0
         self._given = [(at, p) for at, p in enumerate(parameters) if not isinstance(p, Counter)]
@@ -165,8 +170,14 @@ class HopperLaunch:
         return launch
 
     def binary(self) -> nvrtc.Binary:
-        """The cubin for sm_90a: compiled, or read from the disk cache."""
-        return nvrtc.compile(self.file, self.name, self.defines, folders=(HEADERS,))
+        """The cubin for sm_90a, compiled or from the cache.  Raises as nvrtc.compile does, and Infeasible."""
+        try:
+            return nvrtc.compile(self.file, self.name, self.defines, folders=(HEADERS,))
+        except nvrtc.Spills as found:
+            if self.tile is None:
+                raise
+            why = str(found).partition("\n")[0]
+            raise Infeasible(self.tile, f"{why}: take a smaller tile, or None for the usual one") from found
 
     def _emulate(self, grid: int, given: tuple) -> None:
         library = emulator.library(self.file, self.name, tuple(self.defines.items()), HEADERS)

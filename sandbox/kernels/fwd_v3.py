@@ -150,7 +150,7 @@ def made(problem, tile, switches: Switches, marks: int = 0):
         Panels("O", WARPGROUP_ROWS, written=True), Output("LSE"), Counter(), Output("marks"), Shape,
     )  # fmt: skip
     return [
-        HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}, parameters)
+        HopperLaunch(FILE, "fwd_v3", threads, bytes, {**defines, "SCORED": scored}, parameters, tile)
         for scored in (defines["CAPPED"], 1)
     ]
 

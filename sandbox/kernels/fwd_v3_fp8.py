@@ -163,7 +163,7 @@ def made(problem, tile, switches: Switches, marks: int = 0):
         1,
     ):  # without a mask the latter takes one that hides nothing: ptxas spills where there is none
         more = {"SCORED": scored, "BANDED": int(problem.mask.banded or scored)}
-        made.append(HopperLaunch(FILE, "fwd_v3_fp8", threads, bytes, defines | more, parameters))
+        made.append(HopperLaunch(FILE, "fwd_v3_fp8", threads, bytes, defines | more, parameters, tile))
     return made
 
 

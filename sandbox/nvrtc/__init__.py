@@ -7,9 +7,9 @@
 Importing it loads no library and needs no GPU; compiling needs libnvrtc alone.
 """
 
-from .compile import Binary, CompileError, compile
+from .compile import Binary, CompileError, Spills, compile
 from .library import CallError, NotFound
 from .module import Kernel, Launch
 from .tensor_map import TensorMap
 
-__all__ = ["Binary", "CallError", "CompileError", "Kernel", "Launch", "NotFound", "TensorMap", "compile"]
+__all__ = ["Binary", "CallError", "CompileError", "Kernel", "Launch", "NotFound", "Spills", "TensorMap", "compile"]

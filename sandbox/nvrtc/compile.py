@@ -37,6 +37,10 @@ class CompileError(ValueError):
     """A kernel that does not compile, or not well: why in the first line, then NVRTC's log, then its options."""
 
 
+class Spills(CompileError):
+    """One that does not stay in registers: with a smaller tile it may."""
+
+
 @dataclass(frozen=True)
 class Binary:
     """A cubin, ptxas's report of its entry, and the architecture that it is for."""
@@ -56,8 +60,9 @@ def compile(
     entry    the kernel: its name, or a template with its arguments, `gemm<64, true>`
     defines  macro -> value; the source must use each one (CUDA's headers break on macros of one letter: d, T)
     options  more options of NVRTC
-    Raises CompileError where it does not compile, spills, has a stack or loses speed by ptxas's own word; ValueError or
-    TypeError on arguments that cannot be, NotFound without libnvrtc or CUDA's headers, and OSError without the file.
+    Raises Spills where it spills or has a stack, CompileError where it does not compile or loses speed by ptxas's own
+    word; ValueError or TypeError on arguments that cannot be, NotFound without libnvrtc or CUDA's headers, and OSError
+    without the file.
     """
     path = Path(path)
     sources = _sources(path, folders)
@@ -157,14 +162,14 @@ def _compile(name: str, sources: dict[str, str], entry: str, command: Sequence[s
         raise _error(f"{name}: ptxas does not report on {entry}", log, flags)
     if report.spills or report.stack:
         found = f"{report.spills} bytes of spills and {report.stack} of stack a thread, {report.registers} registers"
-        raise _error(f"{name}: {entry} has {found}: expected neither spills nor a stack", log, flags)
+        raise _error(f"{name}: {entry} has {found}: expected neither spills nor a stack", log, flags, Spills)
     if losses := LOSS.findall(log):
         raise _error(f"{name}: {entry}: {'; '.join(losses)}", log, flags)
     return cubin, report
 
 
-def _error(why: str, log: str, flags: Sequence[str]) -> CompileError:
-    return CompileError(f"{why}\n{log}\n{library.nvrtc().path}: {' '.join(flags)}")
+def _error(why: str, log: str, flags: Sequence[str], kind: type[CompileError] = CompileError) -> CompileError:
+    return kind(f"{why}\n{log}\n{library.nvrtc().path}: {' '.join(flags)}")
 
 
 def _why(name: str, sources: dict[str, str], entry: str, log: str, failure: library.CallError) -> str:
