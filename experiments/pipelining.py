@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 import click
 
 from sandbox import emulator, target
+from sandbox.choose import choose_tile
 from sandbox.kernels import fwd_v3
 from sandbox.kernels.fwd_v3 import Switches
 from sandbox.mask import Mask
@@ -69,7 +70,7 @@ def plan(device: Device, seqlen, head_dim, batch, heads, causal, dtype, seed):
 
 def candidates(problem: Problem, device: Device) -> list[tuple[str, Tile, Switches]]:
     """Every build with every tile, O apart or not; those that do not fit too."""
-    tiles = SMALL if device.simulated else dict.fromkeys((*TILES, fwd_v3.usual(problem, device)))
+    tiles = SMALL if device.simulated else dict.fromkeys((*TILES, choose_tile(problem, device, fwd_v3.VARIANT)))
     found = []
     for build, turned in BUILDS.items():
         for tile in tiles:
@@ -83,7 +84,7 @@ def candidates(problem: Problem, device: Device) -> list[tuple[str, Tile, Switch
 def is_own(problem: Problem, tile: Tile, switches: Switches, device: Device) -> bool:
     """Whether attention() takes this very kernel."""
     try:
-        own = fwd_v3.usual(problem, device)
+        own = choose_tile(problem, device, fwd_v3.VARIANT)
     except Infeasible:
         return False
     return tile == own and switches == fwd_v3.chosen(problem, tile, device)

@@ -159,7 +159,7 @@ def test_what_finds_no_room_is_told(on_a_gpu):
 
 def test_refusals_are_the_compilers_words(monkeypatch):
     monkeypatch.setattr(pipelining, "TILES", (Tile(192, 64), Tile(192, 176)))
-    monkeypatch.setattr(fwd_v3, "usual", lambda *_: Tile(128, 64))
+    monkeypatch.setattr(pipelining, "choose_tile", lambda *_: Tile(128, 64))
 
     def compile(file, entry, defines, folders):
         if defines["WARPGROUPS"] == 3:

@@ -47,7 +47,7 @@ def test_all_pairs_of_what_is_asked_for():
     with pytest.raises(ValueError, match="softmax_safe: it has no tile"):
         plan(variant=("softmax_safe",))
     with pytest.raises(ValueError, match="multiples of 16, not 40"):
-        plan(head_dim=(40,))
+        plan(head_dim=(40,), variant=("fwd_v2_mma", "bwd_v2_mma"))
     unfit, fit = plan(head_dim=(40, 48), heads=(4,), seqlen=(512,), mask="none", variant=("bwd_v2_mma",))
     assert "multiples of 16" in unfit.infeasible and fit.infeasible is None
     assert tile_choice.measure(unfit)["gate"] is None

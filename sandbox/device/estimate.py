@@ -31,6 +31,7 @@ class Pace:
     busy    that a warp is in a step; waits: that it waits in it, where nothing else is there to do
     edges   of a block: before its first step and after its last
     copies  that a block's copies of a step keep the port busy
+    grid    of a launch, beside its blocks
     """
 
     warps: int
@@ -39,6 +40,7 @@ class Pace:
     waits: float
     edges: float
     copies: float = 0
+    grid: float = 0
 
     def step(self, blocks: int) -> float:
         """Clocks of a step, where so many blocks share a multiprocessor."""
@@ -53,18 +55,19 @@ class Pace:
             return 0.0
         together = max(1, min(self.blocks, -(-blocks // device.sms)))
         if blocks <= device.sms * together:
-            return self.at_once(np.repeat(steps, heads), together, device) + self.edges
+            return self.grid + self.at_once(np.repeat(steps, heads), together, device) + self.edges
         begun, left = self.in_turn(steps, heads, max(1, min(section, heads)), together, device)
         # Blocks that share a multiprocessor tend to end together, and the last then come together where they were, not
         # one a multiprocessor: half way between
         shared, apart = np.sort(left.reshape(-1, together))[:, ::-1].T.ravel(), np.sort(left)[::-1]
-        return begun + (self.at_once(shared, together, device) + self.at_once(apart, together, device)) / 2
+        last = self.at_once(shared, together, device) + self.at_once(apart, together, device)
+        return self.grid + begun + last / 2
 
     def even(self, steps: np.ndarray, heads: int, device: Device) -> float:
         """Of such a grid at the least: all multiprocessors are full until all end at once."""
         together = max(1, min(self.blocks, -(-heads * len(steps) // device.sms)))
         clocks = float((steps * self.step(together) + self.edges).sum())
-        return heads * clocks / (device.sms * together)
+        return self.grid + heads * clocks / (device.sms * together)
 
     def in_turn(self, steps: np.ndarray, heads: int, section: int, together: int, device: Device):
         """When the last block begins, and the steps that are left then in each place, where an edge counts as steps.
@@ -115,11 +118,11 @@ def nearest(
     return sorted(clocks, key=lambda tile: (tile != first, clocks[tile], tile))[:most]
 
 
-def steps_along_keys(p: Problem, tile: Tile) -> np.ndarray:
-    """Of each row block of a head: the key blocks that it touches."""
-    (lo, hi), i0 = p.mask.band(p.N_q, p.N_k), np.arange(0, p.N_q, tile.Br)
+def steps_along_keys(p: Problem, tile: Tile, first: int = 0) -> np.ndarray:
+    """Of each row block of a head: the key blocks that it touches.  first: row of the first, 0 or below."""
+    (lo, hi), i0 = p.mask.band(p.N_q, p.N_k), np.arange(first, p.N_q, tile.Br)
     end = np.minimum(p.N_k, np.minimum(i0 + tile.Br, p.N_q) + hi)
-    return np.maximum(0, -(-end // tile.Bc) - np.maximum(0, i0 + lo) // tile.Bc)
+    return np.maximum(0, -(-end // tile.Bc) - np.maximum(0, np.maximum(0, i0) + lo) // tile.Bc)
 
 
 def steps_along_rows(p: Problem, tile: Tile) -> np.ndarray:

@@ -90,6 +90,7 @@ class HopperLaunch:
         self.file, self.name, self.defines, self.tile = file, entry, defines, tile
         self.threads, self.shared, self.parameters = threads, shared, parameters
         self._kernels, self._here, self._encoded, self._emulated = {}, launches.Prepared(), {}, 0
+        self._misfit = None  # why the tile is infeasible, once the compiler has said it
         self._given = [(at, p) for at, p in enumerate(parameters) if not isinstance(p, Counter)]
         self._counters = [at for at, p in enumerate(parameters) if isinstance(p, Counter)]
         self._panels, self._outputs, self._structures = (
@@ -171,13 +172,16 @@ class HopperLaunch:
 
     def binary(self) -> nvrtc.Binary:
         """The cubin for sm_90a, compiled or from the cache.  Raises as nvrtc.compile does, and Infeasible."""
+        if self._misfit:
+            raise Infeasible(self.tile, self._misfit)
         try:
             return nvrtc.compile(self.file, self.name, self.defines, folders=(HEADERS,))
         except nvrtc.Spills as found:
             if self.tile is None:
                 raise
             why = str(found).partition("\n")[0]
-            raise Infeasible(self.tile, f"{why}: take a smaller tile, or None for the usual one") from found
+            self._misfit = f"{why}: take a smaller tile, or None for the usual one"
+            raise Infeasible(self.tile, self._misfit) from found
 
     def _emulate(self, grid: int, given: tuple) -> None:
         library = emulator.library(self.file, self.name, tuple(self.defines.items()), HEADERS)

@@ -62,6 +62,7 @@ def build(problem, tile, device, **turned):
     score, all_arrived, first_arrived = capped(MI, QUERIES, problem.softcap > 0), wait_group(0), wait_group(AHEAD - 1)
     BANDED, SOFTCAP = problem.mask.banded, problem.softcap > 0
     STAGGERED = a.stagger and not BANDED
+    EARLY = BANDED or not ONCE  # a warp finds its share once a step, or anew for each part: as ptxas spills nothing
 
     tile_L = shared_tile("sL", shared.bytes // 4, 1, STAGES * Br, 1)
     tile_D = shared_tile("sD", shared.bytes // 4 + STAGES * Br, 1, STAGES * Br, 1)
@@ -156,7 +157,7 @@ def build(problem, tile, device, **turned):
                     cuda.syncthreads()
                 for p in range(steps):  # line 8
                     i = step(start, p, end)
-                    if BANDED:  # else once more below: that is what ptxas needs in order to spill nothing
+                    if EARLY:
                         w0, x, c0, q0, cq = share(here(warp))
                     if not ONCE:
                         all_arrived()
@@ -166,7 +167,7 @@ def build(problem, tile, device, **turned):
                         commit_group()
 
                     for part in range(PARTS):
-                        if not BANDED:
+                        if not EARLY:
                             w0, x, c0, q0, cq = share(here(warp))
                         r0 = int32((part * SIDE + x) * QUERIES)  # the warp's queries in the tile
                         seen = look(int32(j0 + w0), int32(i * Br + r0), N_q, N_k, lo, hi)
@@ -208,7 +209,7 @@ def build(problem, tile, device, **turned):
                         commit_group()
 
                     # dV and dK of what the warps beside have computed
-                    if not BANDED:
+                    if not EARLY:
                         w0, x, c0, q0, cq = share(here(warp))
                     for part in range(PARTS):
                         for beside in range(1, SIDE):

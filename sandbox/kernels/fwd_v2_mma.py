@@ -119,13 +119,14 @@ def nearest_tiles(problem, device, most) -> list[Tile]:
 
 @cache
 def paces(problem, device) -> dict[Tile, Pace]:
-    """Of the tiles that fit, leave 60 registers a thread beside S and O, or 56 where a step has 32 keys, and give each
-    quarter of a multiprocessor as many warps; without the largest, which were the best at one shape of 74, and without
-    256 x 32, where eight warps wait for each other every 32 keys, slower than estimated: the best at none of 37."""
+    """Of the tiles that fit, leave 60 registers a thread beside S and O, or 56 where a step has 32 keys, or 40 where a
+    head has as many columns, and give each quarter of a multiprocessor as many warps; without the largest, which were
+    the best at one shape of 74, and without 256 x 32, where eight warps wait for each other every 32 keys, slower than
+    estimated: the best at none of 37."""
     found = {}
     for tile in TILES:
         s = chosen(problem, tile, device)
-        warps, beside = s.warps(tile.Br), 56 if tile.Bc == 32 else 60
+        warps, beside = s.warps(tile.Br), 40 if problem.d == 32 else 56 if tile.Bc == 32 else 60
         with suppress(Infeasible):
             fit(problem, tile, device)
             roomy = registers(warps, s.blocks) - s.registers(problem.d, tile.Bc) >= beside
