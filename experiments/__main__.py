@@ -111,7 +111,7 @@ def list_command():
 def all_command(ctx, out, only, fresh, dry_run):
     """Measure what results/ holds, on the GPU at hand; goes on where it was stopped."""
     if dry_run:
-        click.echo("\n".join(everything.RUNS))
+        click.echo("\n".join(everything.wanted(only)))
         return
     ctx.exit(0 if everything.run(out, only, fresh) else 1)
 

@@ -51,16 +51,14 @@ def run(out: Path | None, only: tuple[str, ...], fresh: bool) -> bool:
 
     Raises click.UsageError, before anything runs, without a GPU or where no run has these words.
     """
-    wanted = [command for command in RUNS if not only or any(word in command for word in only)]
-    if not wanted:
-        raise click.UsageError(f"--only {', '.join(only)}: no run has that in it; all --dry-run names them")
+    commands = wanted(only)
     if target.KIND != "gpu":
         raise click.UsageError("all needs a GPU; what the simulator can count, the experiments do one by one")
     device = target.device()
     out = out or records.RESULTS / device.slug
     log, stamp, failed = records.Log(out, "runs", ("command",)), records.provenance(device), []
-    for n, command in enumerate(wanted, 1):
-        row, heading = {"command": command} | stamp, f"[{n} of {len(wanted)}] {command}"
+    for n, command in enumerate(commands, 1):
+        row, heading = {"command": command} | stamp, f"[{n} of {len(commands)}] {command}"
         if not fresh and log.find(row):
             click.echo(f"{heading}: on record")
             continue
@@ -73,6 +71,14 @@ def run(out: Path | None, only: tuple[str, ...], fresh: bool) -> bool:
     for command in failed:
         click.echo(f"failed: {command}", err=True)
     return not failed
+
+
+def wanted(only: tuple[str, ...]) -> list[str]:
+    """Those that have one of these words in them, or all; raises click.UsageError where none has."""
+    found = [command for command in RUNS if not only or any(word in command for word in only)]
+    if not found:
+        raise click.UsageError(f"--only {', '.join(only)}: no run has that in it; all --dry-run names them")
+    return found
 
 
 def words(command: str, out: Path, fresh: bool = False) -> list[str]:

@@ -9,14 +9,13 @@ import contextlib
 import ctypes
 import gc
 import threading
-import time
 import types
 import weakref
 
 import pytest
 import torch
 from cuda_driver import driver_file_fixture, fake_fixture, number, on_cuda, takes  # noqa: F401
-from cuda_sources import microseconds, unloaded_fixture  # noqa: F401
+from cuda_sources import looks, unloaded_fixture  # noqa: F401
 from on_paper import at_once, given, paper_fixture, plain  # noqa: F401
 
 import sandbox
@@ -91,9 +90,9 @@ def test_threads_do_not_meet_in_a_launch_of_numbas(paper, numba):
 
 
 def test_our_part_of_a_launch_is_small(paper, numba):
-    """What Python and ctypes take, the driver's own part left out; the clock stands while others have the processor."""
+    """What Python and ctypes take, the driver's own part left out, beside looking at a tensor."""
     X, Y = plain(1, 1, 1, 1), plain(1, 1)
-    assert microseconds(lambda: numba(1, X, Y, 0.5, 2), calls=500, clock=time.thread_time) < 40
+    assert looks(lambda: numba(1, X, Y, 0.5, 2), X) < 16  # 8 to 10
 
 
 # ---- kernels that spill ---------------------------------------------------------------------------------------------
