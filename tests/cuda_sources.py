@@ -113,8 +113,11 @@ def microseconds(call, calls: int = 2000, batches: int = 7, clock=time.perf_coun
 
 
 def looks(call, x, calls: int = 100, batches: int = 25, clock=time.thread_time) -> float:
-    """How many looks at a tensor, at its dtype, shape, strides and address, take as long as the call: of the host's cost
-    what does not depend on how fast the host is just now.  The median over batches of both in turn."""
-    looked = lambda: (x.dtype, x.shape, x.stride(), x.data_ptr())  # noqa: E731
-    each = [microseconds(f, calls, 1, clock) for _ in range(batches) for f in (call, looked)]
+    """How many looks at a tensor, its dtype, shape, strides and address, take as long as the call, however fast the
+    host is just now: the median over batches of both in turn."""
+
+    def look():
+        return x.dtype, x.shape, x.stride(), x.data_ptr()
+
+    each = [microseconds(f, calls, 1, clock) for _ in range(batches) for f in (call, look)]
     return statistics.median(own / look for own, look in zip(each[::2], each[1::2], strict=True))

@@ -1,13 +1,21 @@
 """tile_choice: what it asks, what it makes of a tile that cannot run, and that it answers by the numbers."""
 
+import json
+import math
+from pathlib import Path
+
 import pytest
 from test_experiments import read, run
 
 from experiments import common, tile_choice
 from sandbox import catalog, target
+from sandbox.choose import candidates
+from sandbox.mask import Mask
 from sandbox.measure import fastest, gate, timing
+from sandbox.problem import Problem
 from sandbox.variant import HOPPER, Infeasible
 
+RECORDED = Path(__file__).parents[1] / "results/nvidia-h200"
 SIMULATED = target.KIND == "simulator"
 OPTIONS = dict(variant=(), seqlen=None, head_dim=None, heads=None, mask=None, dtype="bf16", seed=0)
 
@@ -110,15 +118,31 @@ def test_it_answers_by_the_numbers(tmp_path):
     assert f"at {n} of {n} shapes, 0.0% slower in the mean; timed once" in tile_choice.answer(found)
     unmeasured = [row | {"measured": None, "measured_behind": None} for row in found]  # as they were recorded once
     assert f"at {n} of {n} shapes, 0.0% slower in the mean." in tile_choice.answer(unmeasured)
-    found = list(rows(lambda point: 0.0301 if point.problem.d == 208 else 0.03))
-    off = {way: sum(d == 208 for d, *_ in shapes) for way, shapes in tile_choice.SHAPES.items()}
+    found = list(rows(lambda point: 0.0301 if point.problem.d == 128 else 0.03))
+    off = {way: sum(d == 128 for d, *_ in shapes) for way, shapes in tile_choice.SHAPES.items()}
     said = tile_choice.answer(found)
     assert f"at {n - off['fwd']} of {n} shapes" in said and f"at {ahead - off['bwd']} of {ahead} shapes" in said
-    assert "3.0% slower than" in said and "furthest at d=208" in said
+    assert "3.0% slower than" in said and "furthest at d=128" in said
     assert f"the few that it ranks first: at {n} of {n}." in said
     common.report(tile_choice.EXPERIMENT, found, tmp_path)
     assert (tmp_path / "tile_choice.png").stat().st_size > 10_000
     assert tile_choice.draw([row | {"gate": None, "behind": None} for row in found])
+
+
+@pytest.mark.parametrize("name, chosen, timed", [("fwd_v2_mma", 0.9, 1), ("bwd_v2_mma", 0.8, 1), ("fwd_v3", 0.8, 0.9)])
+def test_by_what_was_recorded(name, chosen, timed):
+    """The chooser as it is now, on the H200's sweeps: so often its tile, and the best of the few, are near the best."""
+    variant, ours, few = catalog.find(name), [], []
+    for row in map(json.loads, (RECORDED / "tile_choice.jsonl").read_text().splitlines()):
+        if row["variant"] == name:
+            H, N, mask = row["H"], row["N"], Mask(row["causal"])
+            problem = Problem(1, H, H, N, N, row["d"], row["dtype"], mask=mask)
+            ms = [row["ms"].get(str(tile), math.inf) for tile in candidates(problem, HOPPER, variant)]
+            ours.append(ms[0] / min(row["ms"].values()) - 1)
+            few.append(min(ms) / min(row["ms"].values()) - 1)
+    assert len(ours) >= 20
+    assert sum(x <= tile_choice.NEAR for x in ours) >= chosen * len(ours), sorted(ours)[-5:]
+    assert sum(x <= tile_choice.NEAR for x in few) >= timed * len(few), sorted(few)[-5:]
 
 
 @pytest.mark.skipif(SIMULATED, reason="it wants a GPU")

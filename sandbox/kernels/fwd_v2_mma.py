@@ -131,7 +131,7 @@ def paces(problem, device) -> dict[Tile, Pace]:
             fit(problem, tile, device)
             roomy = registers(warps, s.blocks) - s.registers(problem.d, tile.Bc) >= beside
             small = tile.Br * tile.Bc <= (12_288 if problem.d < 64 else 24_576)
-            if roomy and small and warps % 4 == 0 and tile != Tile(256, 32):
+            if roomy and small and warps % 4 == 0 and tile != Tile(256, 32) and (problem.d > 64 or tile.Bc > 32):
                 found[tile] = pace(problem, tile, device)
     return found
 
