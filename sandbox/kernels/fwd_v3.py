@@ -142,7 +142,7 @@ def nearest_tiles(problem, device, most) -> list[Tile]:
     if problem.softcap > 0:
         tiles = [Tile(128, 128 if d <= 128 else 96 if d <= 192 else 64)]
     elif d > 128:
-        tiles = [Tile(128, 112) if d <= 192 else Tile(128, 64)]
+        tiles = [Tile(128, 112 if d <= 192 else 80 if d <= 208 else 64)]
     else:
         known = paces(d, problem.mask.banded)
         section = shape_of(problem, 4 * max(1, problem.N_k) * problem.d).section
