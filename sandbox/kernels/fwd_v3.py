@@ -5,6 +5,7 @@ warpgroups multiply on the tensor cores (wgmma), taking turns (ping-pong) and co
 tile's Q Kᵀ is under way (overlap).  Here stand its tiles, its switches, its grid and its arguments.
 """
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -133,22 +134,33 @@ def fit(problem, tile, device, **turned):
 
 
 def nearest_tiles(problem, device, most) -> list[Tile]:
-    """The tiles of the least estimated time; with a softcap, and of wide heads, the one that sweeps found fastest.
+    """The tiles of the least estimated time; with a softcap, and of wide heads, the one that sweeps found fastest and
+    its neighbours.
 
     Blocks are few and long, and their waves decide: an estimate by whole waves is 0.3 % behind the best in the mean of
     the 284 shapes and masks that it was fitted to; a tile for all shapes of a head size was 9 % behind.
     """
-    d, heads = padded(problem.d), problem.B * problem.H
+    d = padded(problem.d)
     if problem.softcap > 0:
-        tiles = [Tile(128, 128 if d <= 128 else 96 if d <= 192 else 64)]
-    elif d > 128:
-        tiles = [Tile(128, 112 if d <= 192 else 80 if d <= 208 else 64)]
-    else:
-        known = paces(d, problem.mask.banded)
-        section = shape_of(problem, 4 * max(1, problem.N_k) * problem.d).section
-        tiles = nearest({tile: steps(problem, tile) for tile in known}, known, heads, section, device, most)
+        return neighbours(problem, Tile(128, 128 if d <= 128 else 96 if d <= 192 else 64), device)[:most]
+    if d > 128:
+        return neighbours(problem, Tile(128, 112 if d <= 192 else 80 if d <= 208 else 64), device)[:most]
+    known, heads = paces(d, problem.mask.banded), problem.B * problem.H
+    section = shape_of(problem, 4 * max(1, problem.N_k) * problem.d).section
+    tiles = nearest({tile: steps(problem, tile) for tile in known}, known, heads, section, device, most)
     fit(problem, tiles[0], device)
     return tiles
+
+
+def neighbours(problem, tile, device) -> list[Tile]:
+    """The tile, and those of as many rows that fit, the nearest first.  Raises as `fit` does where it does not."""
+    fit(problem, tile, device)
+    found = [tile]
+    for other in sorted((t for t in TILES if t.Br == tile.Br), key=lambda t: abs(t.Bc - tile.Bc)):
+        with suppress(Infeasible):
+            fit(problem, other, device)
+            found.append(other)
+    return list(dict.fromkeys(found))
 
 
 def steps(problem, tile) -> np.ndarray:
