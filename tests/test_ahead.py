@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,26 @@ def test_kernels_are_compiled_once_and_found_afterwards(compiler, tmp_path):
     assert len(times) == 2 and all(cubin.read(file) for file in times)
     assert compiler.submit(compile_then_look, tmp_path, wanted, 0).result() == ([], [], 0)
     assert times == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+
+
+def processes_of(folder: Path, wanted: list, cores: int, most: int) -> list[int]:
+    """How many kernels each process compiled, of compile_all; from the compile target."""
+    os.environ["SANDBOX_CACHE"], os.cpu_count, ahead.MOST = str(folder), lambda: cores, most
+    started, begin = [], ahead.Process.__init__
+
+    def __init__(process):
+        begin(process)
+        started.append(process)
+
+    ahead.Process.__init__ = __init__
+    ahead.compile_all(wanted, HOPPER)
+    assert not ahead._alive and not ahead.missing(wanted, HOPPER)
+    return [process.compiled for process in started]
+
+
+def test_a_process_compiles_several(compiler, tmp_path):
+    wanted = [of(replace(FULL, d=d)) for d in (5, 6, 7)]
+    assert compiler.submit(processes_of, tmp_path, wanted, 2, 2).result() == [2, 1]
 
 
 def test_a_few_are_left_to_whoever_needs_them(compiler, tmp_path):

@@ -1,8 +1,9 @@
 """Kernels compiled before they are needed, several at once, by processes that leave them in the cache.  [floor 3]
 
-Most of a compilation is Numba's Python, so that threads would wait for one another.  A process compiles one kernel and
-ends.  It sees no GPU, takes nothing of one, and reads the kernels' files when it is asked, not before.  What does not
-compile there is compiled again by whoever needs it, and told there.
+Most of a compilation is Numba's Python, so that threads would wait for one another.  A process compiles some kernels,
+one by one, and ends: its start takes as long as one of them.  It sees no GPU, takes nothing of one, and reads the
+kernels' files when it is asked, not before.  What does not compile there is compiled again by whoever needs it, and
+told there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,8 @@ from .spread import spread
 
 ROOT = Path(__file__).parents[2]
 WORTH = 3  # kernels from which it is quicker to start processes than to compile one after the other
+MOST = 12  # kernels of a process: each leaves something in its memory
+DONE = "\x1e"  # begins the line that says how long one took
 
 
 class Wanted(NamedTuple):
@@ -72,19 +74,36 @@ def compile_all(
     wanted: Iterable[Wanted], device: Device, waiting: Iterable[Process] = (),
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:  # fmt: skip
-    """Compiles what the cache lacks, some at a time: by the processes that wait, then by new ones.
+    """Compiles what the cache lacks, some at a time: by the processes that wait, then by new ones; all have ended then.
 
     Few kernels are left to whoever needs them, unless processes wait.
     """
-    waiting, lacking = list(waiting), missing(wanted, device)
+    waiting, lacking, idle = list(waiting), missing(wanted, device), queue.SimpleQueue()
     if not waiting and len(lacking) < WORTH:
         return
+    for process in waiting:
+        idle.put(process)
 
-    def compile(pair):
-        with pair[1] or Process() as process:
-            process.compile(pair[0], device)
+    def compile(one):
+        try:
+            process = idle.get_nowait()
+        except queue.Empty:
+            process = Process()
+        try:
+            process.compile(one, device)
+        except BaseException:
+            process.end()
+            raise
+        if process.compiled < MOST:
+            idle.put(process)
+        else:
+            process.end()
 
-    at_once(compile, list(zip_longest(lacking, waiting))[: len(lacking)], progress)
+    try:
+        at_once(compile, lacking, progress)
+    finally:
+        while not idle.empty():
+            idle.get().end()
 
 
 def at_once(do: Callable, things: Iterable, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
@@ -108,7 +127,7 @@ _alive: set[Process] = set()
 
 
 class Process:
-    """A process that imports all it needs and waits, to compile one kernel: ``with Process() as p: p.compile(...)``.
+    """A process that imports all it needs and waits, to compile kernels: ``with Process() as p: p.compile(...)``.
 
     cache  the folder that the kernel is kept in, if not the usual one
     It ends with the block, and by itself when this process does.
@@ -123,60 +142,63 @@ class Process:
             [sys.executable, "-m", __spec__.name], env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+        self.compiled = 0
         _alive.add(self)
 
     def compile(self, wanted: Wanted, device: Device) -> tuple[float, float]:
-        """Seconds that it took, and then from the cache.  Raises RuntimeError where it does not compile."""
+        """Seconds that it took, and then from the cache.  Raises RuntimeError where it does not compile, and ends."""
         name, kind, tile = wanted
         with suppress(BrokenPipeError):  # it ended before it was asked, and says why
             self._process.stdin.write(json.dumps([name, format_problem(kind), tile and str(tile), asdict(device)]))
             self._process.stdin.write("\n")
             self._process.stdin.flush()
-        said = self._process.stdout.read().strip().splitlines()
-        if self._process.wait():
-            raise RuntimeError(f"{name} does not compile on its own: {said[-1:]}")
-        first, cached = json.loads(said[-1])
-        return first, cached
+        said = []
+        for line in self._process.stdout:
+            if line.startswith(DONE):
+                self.compiled += 1
+                first, cached = json.loads(line[len(DONE) :])
+                return first, cached
+            said += [line.strip()] * bool(line.strip())
+        raise RuntimeError(f"{name} does not compile on its own: {said[-1:]}")
 
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
         _alive.discard(self)
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         self.end()
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
 
 
 # ---- the process itself ---------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Compiles the one kernel that a line of stdin names."""
+    """Compiles the kernel that a line of stdin names, then that of the next line."""
     asked = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(asked,), daemon=True).start()
-    code = 1
     try:
         from ..device import compile, hopper  # noqa: F401  imported while nobody waits
 
         compile.warm_up()
-        name, problem, tile, device = json.loads(asked.get())
-        device = Device(**device | {"capability": tuple(device["capability"])})
-        compile.capability = device.capability
-        wanted = Wanted(name, parse_problem(problem), parse_tile(tile) if tile else None)
-        seconds = [_seconds(wanted, device) for _ in range(2)]
-        print("\n" + json.dumps(seconds))
-        code = 0
+        while True:
+            name, problem, tile, device = json.loads(asked.get())
+            device = Device(**device | {"capability": tuple(device["capability"])})
+            compile.capability = device.capability
+            wanted = Wanted(name, parse_problem(problem), parse_tile(tile) if tile else None)
+            seconds = [_seconds(wanted, device) for _ in range(2)]
+            print(f"\n{DONE}{json.dumps(seconds)}", flush=True)
     except BaseException:  # whatever a kernel file may do
         sys.stdout.flush()
         traceback.print_exc()
     sys.stdout.flush()
-    os._exit(code)  # at once: there is a thread that reads, and torch takes its time
+    os._exit(1)  # at once: there is a thread that reads, and torch takes its time
 
 
 def _listen(asked: queue.SimpleQueue) -> None:
