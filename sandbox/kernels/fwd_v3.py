@@ -137,8 +137,7 @@ def nearest_tiles(problem, device, most) -> list[Tile]:
     """The tiles of the least estimated time; with a softcap, and of wide heads, the one that sweeps found fastest and
     its neighbours.
 
-    Blocks are few and long, and their waves decide: an estimate by whole waves is 0.3 % behind the best in the mean of
-    the 284 shapes and masks that it was fitted to; a tile for all shapes of a head size was 9 % behind.
+    Blocks are few and long, and their waves decide; experiments/tile_choice.py says how near the best that comes.
     """
     d = padded(problem.d)
     if problem.softcap > 0:
