@@ -5,6 +5,7 @@ bwd_v2_mma_deterministic where it differs.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 
@@ -14,7 +15,7 @@ from sass import disassembled, nvdisasm
 
 from sandbox import catalog, target
 from sandbox.choose import choose_tile
-from sandbox.device import sections
+from sandbox.device import layout, sections
 from sandbox.kernels import bwd_v2_mma, bwd_v2_mma_deterministic
 from sandbox.mask import Mask
 from sandbox.measure import gate
@@ -223,12 +224,12 @@ def test_columns_that_warps_share():
 # ---- the binary for sm_90a, with or without a GPU -------------------------------------------------------------------
 
 
-def compiled(variant: str, problem: Problem, folder) -> tuple:
-    """(tile, layout, kernel -> (ptxas's report, the cubin))."""
+def compiled(variant: str, problem: Problem, folder, tile: Tile | None = None) -> tuple:
+    """(tile, which is the usual one unless given, layout, kernel -> (ptxas's report, the cubin))."""
     from sandbox.device.launch import compiling
 
     os.environ["SANDBOX_CACHE"] = str(folder)
-    tile = choose_tile(problem, HOPPER, VARIANT)
+    tile = tile or choose_tile(problem, HOPPER, VARIANT)
     q = torch.empty(1, problem.N_q, problem.H, problem.d, dtype=problem.torch_dtype, device="meta")
     with compiling() as done:
         launch = catalog.find(variant).launcher(problem, tile, HOPPER)
@@ -262,6 +263,22 @@ def test_tensor_cores_and_no_spills(d, dtype, causal, softcap, compiler, tmp_pat
         assert text.count("REDG.E.ADD.F32x4") == a.rows_dQ // 16 * a.piece // 8
         assert all(name in text for name in ("LDGSTS.E.BYPASS.LTC128B.128", "MUFU.EX2", "STSM.16.M")), text[:99]
         assert "CALL" not in text and "LDL" not in text
+
+
+OF_64 = [("bwd_v2_mma", 128, "bf16", -0.3)]
+if LONG:
+    names = "bwd_v2_mma", "bwd_v2_mma_deterministic"
+    OF_64 = list(itertools.product(names, (112, 128), ("fp16", "bf16"), (None, -0.3)))
+
+
+@pytest.mark.parametrize("name, d, dtype, scale", OF_64)
+def test_64x64_may_be_chosen_and_spills_nothing(name, d, dtype, scale, compiler, tmp_path):
+    """It takes all registers; unmasked it spilled up to 112 bytes while each part of a step found its share anew."""
+    problem = Problem(1, 32, 32, 4096, 4096, d, dtype, scale)
+    assert Tile(64, 64) in layout.paces(name, "bwd_v2", problem.kind, HOPPER)
+    _, _, found = compiler.submit(compiled, name, problem, tmp_path, Tile(64, 64)).result()
+    for name, (report, _) in found.items():
+        assert (report.stack, report.spills) == (0, 0) and report.registers <= 255, f"{name}: {report}"
 
 
 ANY_SIGN = [(*case, None) for case in (CASES if LONG else [(128, "bf16", True, 0.0)])]

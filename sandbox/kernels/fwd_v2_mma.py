@@ -119,10 +119,9 @@ def nearest_tiles(problem, device, most) -> list[Tile]:
 
 @cache
 def paces(problem, device) -> dict[Tile, Pace]:
-    """Of the tiles that fit, leave 60 registers a thread beside S and O, or 56 where a step has 32 keys, or 40 where a
-    head has as many columns, and give each quarter of a multiprocessor as many warps; without the largest, which were
-    the best at one shape of 74, and without 256 x 32, where eight warps wait for each other every 32 keys, slower than
-    estimated: the best at none of 37."""
+    """Of the tiles that fit, leave 60 registers a thread beside S and O (56 where a step has 32 keys, 40 where d = 32),
+    and give each quarter of a multiprocessor as many warps; without the largest, which were the best at one shape of
+    74, and without 32 keys a step for d <= 64 or 256 rows, which were the best at none and slower than estimated."""
     found = {}
     for tile in TILES:
         s = chosen(problem, tile, device)

@@ -177,7 +177,7 @@ def steps(problem, tile) -> np.ndarray:
 def paces(d: int, banded: bool) -> dict[Tile, Pace]:
     """Of the tiles that were the best somewhere, d <= 128."""
     found = {
-        Tile(Br, Bc): Pace(4, 1, busy=0, waits=step, edges=edges, grid=grid)
+        Tile(Br, Bc): Pace(warps=4, blocks=1, busy=0, waits=step, edges=edges, grid=grid)
         for (Br, Bc), (step, edges, grid) in CLOCKS[64 if d <= 64 else 128, banded].items()
     }
     if 64 < d <= 96:  # there is room for longer steps
