@@ -45,7 +45,7 @@ def clock(monkeypatch, tmp_path):
 
     def time_together(tiles, budget_s):
         clock.timed.append(tiles)
-        return [timing.Timing(clock.ms.get(tile, 1.0), 0.0, 0.0, 3, 0.0) for tile in tiles]
+        return [timing.Timing(2.0, clock.ms.get(tile, 1.0), 3.0, 3, 0.0) for tile in tiles]
 
     monkeypatch.setenv("SANDBOX_CACHE", str(tmp_path))
     monkeypatch.setattr(fastest, "_found", {})

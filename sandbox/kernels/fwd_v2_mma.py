@@ -119,13 +119,13 @@ def nearest_tiles(problem, device, most) -> list[Tile]:
 
 @cache
 def paces(problem, device) -> dict[Tile, Pace]:
-    """Of the tiles that fit, leave 60 registers a thread beside S and O (56 where a step has 32 keys, 40 where d = 32),
+    """Of the tiles that fit, leave 60 registers a thread beside S and O (56 where a step has 32 keys, 40 where d < 64),
     and give each quarter of a multiprocessor as many warps; without the largest, which were the best at one shape of
     74, and without 32 keys a step for d <= 64 or 256 rows, which were the best at none and slower than estimated."""
     found = {}
     for tile in TILES:
         s = chosen(problem, tile, device)
-        warps, beside = s.warps(tile.Br), 40 if problem.d == 32 else 56 if tile.Bc == 32 else 60
+        warps, beside = s.warps(tile.Br), 40 if problem.d < 64 else 56 if tile.Bc == 32 else 60
         with suppress(Infeasible):
             fit(problem, tile, device)
             roomy = registers(warps, s.blocks) - s.registers(problem.d, tile.Bc) >= beside

@@ -182,6 +182,8 @@ def paces(d: int, banded: bool) -> dict[Tile, Pace]:
     }
     if 64 < d <= 96:  # there is room for longer steps
         found[Tile(192, 96)] = found.pop(Tile(192, 80))
+    elif 96 < d <= 112 and not banded:  # its products take less of a step
+        found[Tile(192, 80)] = replace(found[Tile(192, 80)], waits=0.93 * found[Tile(192, 80)].waits)
     return found
 
 
