@@ -18,7 +18,7 @@ from .variant import Device, Infeasible, Tile, Variant
 
 SIMULATED = Tile(16, 16)
 MEASURED = "measured"  # in the place of a tile: the fastest of the candidates, by the clock
-FEW = 3  # of the tiles that an estimate ranks: the best of them is near the best of all (tests/test_tile_choice.py)
+FEW = 4  # of the tiles that an estimate ranks: the best of them is near the best of all (tests/test_tile_choice.py)
 
 
 @functools.lru_cache(4096)

@@ -204,9 +204,10 @@ def largest(name: str, other: str, problem: Problem, device: Device, **turned) -
 
 @cache
 def paces(name: str, other: str, problem: Problem, device: Device) -> dict[Tile, Pace]:
-    """Of the largest tile that fits, of 128 x 64, of 64 x 64 where d > 64, and of others with 24 registers a thread to
-    spare."""
-    usual, found = [largest(name, other, problem, device), Tile(128, 64), *[Tile(64, 64)] * (problem.d > 64)], {}
+    """Of the largest tile that fits, of 128 x 64, of 64 x 64 where d > 64, of 32 x 32 where d > 128, and of others with
+    24 registers a thread to spare."""
+    usual, found = [largest(name, other, problem, device), Tile(128, 64)], {}
+    usual += [Tile(64, 64)] * (problem.d > 64) + [Tile(32, 32)] * (problem.d > 128)
     for tile in (*usual, *(tile for tile in TILES if tile.Br * tile.Bc <= 16_384)):
         with suppress(Infeasible):
             check(name, other, problem, tile, device)

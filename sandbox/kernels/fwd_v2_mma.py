@@ -120,17 +120,17 @@ def nearest_tiles(problem, device, most) -> list[Tile]:
 @cache
 def paces(problem, device) -> dict[Tile, Pace]:
     """Of the tiles that fit, leave 60 registers a thread beside S and O (56 where a step has 32 keys, 40 where d < 64),
-    and give each quarter of a multiprocessor as many warps; without the largest, which were the best at one shape of
-    74, and without 32 keys a step for d <= 64 or 256 rows, which were the best at none and slower than estimated."""
-    found = {}
+    and for d >= 64 give each quarter of a multiprocessor as many warps; without the largest, which were the best at one
+    shape of 74, and without 32 keys a step for d <= 64 or 256 rows, the best at none and slower than estimated."""
+    found, spilling = {}, [Tile(128, 64)] * (problem.d == 48 and problem.mask.banded)
     for tile in TILES:
-        s = chosen(problem, tile, device)
-        warps, beside = s.warps(tile.Br), 40 if problem.d < 64 else 56 if tile.Bc == 32 else 60
+        s, d = chosen(problem, tile, device), problem.d
+        warps, beside = s.warps(tile.Br), 40 if d < 64 else 56 if tile.Bc == 32 else 60
         with suppress(Infeasible):
             fit(problem, tile, device)
-            roomy = registers(warps, s.blocks) - s.registers(problem.d, tile.Bc) >= beside
-            small = tile.Br * tile.Bc <= (12_288 if problem.d < 64 else 24_576)
-            if roomy and small and warps % 4 == 0 and tile != Tile(256, 32) and (problem.d > 64 or tile.Bc > 32):
+            roomy = registers(warps, s.blocks) - s.registers(d, tile.Bc) >= beside and tile not in spilling
+            small = tile.Br * tile.Bc <= (12_288 if d < 64 else 24_576) and tile != Tile(256, 32)
+            if roomy and small and (warps % 4 == 0 or d < 64) and (tile.Bc > 32 or d > 64):
                 found[tile] = pace(problem, tile, device)
     return found
 

@@ -134,8 +134,8 @@ def fit(problem, tile, device, **turned):
 
 
 def nearest_tiles(problem, device, most) -> list[Tile]:
-    """The tiles of the least estimated time; with a softcap, and of wide heads, the one that sweeps found fastest and
-    its neighbours.
+    """The tile of the least estimated time, the next by it, and neighbours of the first; with a softcap, and of wide
+    heads, the one that sweeps found fastest and its neighbours.
 
     Blocks are few and long, and their waves decide; experiments/tile_choice.py says how near the best that comes.
     """
@@ -146,9 +146,8 @@ def nearest_tiles(problem, device, most) -> list[Tile]:
         return neighbours(problem, Tile(128, 112 if d <= 192 else 80 if d <= 208 else 64), device)[:most]
     known, heads = paces(d, problem.mask.banded), problem.B * problem.H
     section = shape_of(problem, 4 * max(1, problem.N_k) * problem.d).section
-    tiles = nearest({tile: steps(problem, tile) for tile in known}, known, heads, section, device, most)
-    fit(problem, tiles[0], device)
-    return tiles
+    tiles = nearest({tile: steps(problem, tile) for tile in known}, known, heads, section, device, min(most, 2))
+    return list(dict.fromkeys([*tiles, *neighbours(problem, tiles[0], device)]))[:most]
 
 
 def neighbours(problem, tile, device) -> list[Tile]:
