@@ -120,8 +120,8 @@ def nearest_tiles(problem, device, most) -> list[Tile]:
 @cache
 def paces(problem, device) -> dict[Tile, Pace]:
     """Of the tiles that fit, leave 60 registers a thread beside S and O (56 where a step has 32 keys, 40 where d < 64),
-    and for d >= 64 give each quarter of a multiprocessor as many warps; without the largest, which were the best at one
-    shape of 74, and without 32 keys a step for d <= 64 or 256 rows, the best at none and slower than estimated."""
+    and for wide heads give each quarter of a multiprocessor as many warps; without the largest, which were the best at
+    one shape of 74, and without 32 keys a step for d <= 64 or 256 rows, the best at none and slower than estimated."""
     found, spilling = {}, [Tile(128, 64)] * (problem.d == 48 and problem.mask.banded)
     for tile in TILES:
         s, d = chosen(problem, tile, device), problem.d
@@ -130,7 +130,8 @@ def paces(problem, device) -> dict[Tile, Pace]:
             fit(problem, tile, device)
             roomy = registers(warps, s.blocks) - s.registers(d, tile.Bc) >= beside and tile not in spilling
             small = tile.Br * tile.Bc <= (12_288 if d < 64 else 24_576) and tile != Tile(256, 32)
-            if roomy and small and (warps % 4 == 0 or d < 64) and (tile.Bc > 32 or d > 64):
+            even = warps % 4 == 0 or warps > 4 and d < 128
+            if roomy and small and even and (tile.Bc > 32 or d > 64):
                 found[tile] = pace(problem, tile, device)
     return found
 

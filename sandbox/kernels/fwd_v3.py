@@ -55,6 +55,14 @@ CLOCKS = {  # (d, banded) -> tile -> of a step, of a row block's edges, of a lau
         (128, 64): (1030, 1120, 11320), (128, 80): (1210, 1250, 11460), (128, 160): (2150, 1450, 13440),
         (192, 64): (1240, 1670, 10490), (192, 128): (2180, 2110, 12000), (256, 64): (1620, 710, 11710),
     },
+    (96, False): {
+        (128, 80): (1450, 1490, 13590), (128, 96): (1690, 1590, 13590), (128, 128): (2170, 1790, 13590),
+        (192, 96): (1890, 3550, 11540),
+    },
+    (96, True): {
+        (128, 64): (1260, 1850, 12640), (128, 128): (2230, 2900, 13330), (192, 64): (1720, 2560, 11430),
+        (192, 96): (1990, 3010, 11550),
+    },
     (128, False): {(128, 128): (2170, 1790, 13590), (192, 80): (1890, 3550, 11540)},
     (128, True): {
         (128, 64): (1260, 1850, 12640), (128, 128): (2230, 2900, 13330), (192, 64): (1720, 2560, 11430),
@@ -177,11 +185,9 @@ def paces(d: int, banded: bool) -> dict[Tile, Pace]:
     """Of the tiles that were the best somewhere, d <= 128."""
     found = {
         Tile(Br, Bc): Pace(warps=4, blocks=1, busy=0, waits=step, edges=edges, grid=grid)
-        for (Br, Bc), (step, edges, grid) in CLOCKS[64 if d <= 64 else 128, banded].items()
+        for (Br, Bc), (step, edges, grid) in CLOCKS[64 if d <= 64 else 96 if d <= 96 else 128, banded].items()
     }
-    if 64 < d <= 96:  # there is room for longer steps
-        found[Tile(192, 96)] = found.pop(Tile(192, 80))
-    elif 96 < d <= 112 and not banded:  # its products take less of a step
+    if 96 < d <= 112 and not banded:  # products of 192 rows take less of a step
         found[Tile(192, 80)] = replace(found[Tile(192, 80)], waits=0.93 * found[Tile(192, 80)].waits)
     return found
 
