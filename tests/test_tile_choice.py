@@ -129,7 +129,10 @@ def test_it_answers_by_the_numbers(tmp_path):
     assert tile_choice.draw([row | {"gate": None, "behind": None} for row in found])
 
 
-@pytest.mark.parametrize("name, chosen, timed", [("fwd_v2_mma", 0.88, 0.99), ("bwd_v2_mma", 0.9, 1), ("fwd_v3", 0.85, 0.95)])
+NEARLY_ALL = [("fwd_v2_mma", 0.88, 0.99), ("bwd_v2_mma", 0.9, 0.99), ("fwd_v3", 0.85, 0.95)]
+
+
+@pytest.mark.parametrize("name, chosen, timed", NEARLY_ALL)
 def test_by_what_was_recorded(name, chosen, timed):
     """The chooser as it is now, on the H200's sweeps: so often its tile, and the best of the few, are near the best."""
     variant, ours, few = catalog.find(name), [], []

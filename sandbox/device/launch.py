@@ -8,6 +8,7 @@ costs the host 38-103 µs a call.)
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
 import math
 import threading
@@ -22,6 +23,7 @@ from ..variant import Infeasible, Tile
 from .counting import count
 
 POINTER, WIDE = ctypes.c_void_p, ctypes.c_int64
+MOST_LAYOUTS = 4096  # of tensors, that are known again
 FEW = 64  # bytes a thread: what ptxas spills at the edge differs by as much with the Python that Numba compiles under
 
 
@@ -101,13 +103,22 @@ def _packed(args) -> tuple[list, list]:
     kinds, numbers = [], []
     for a in args:
         if isinstance(a, torch.Tensor):
-            size, shape = a.element_size(), a.shape
-            kinds += a.dtype, len(shape)
-            numbers += 0, 0, a.numel(), size, a.data_ptr(), *shape, *[s * size for s in a.stride()]
+            kind, before, after = _layout(a.dtype, a.shape, a.stride())
+            kinds.append(kind)
+            numbers += before
+            numbers.append(a.data_ptr())
+            numbers += after
         else:
             kinds.append(type(a))
             numbers.append(a)
     return kinds, numbers
+
+
+@functools.lru_cache(MOST_LAYOUTS)
+def _layout(dtype: torch.dtype, shape: tuple, strides: tuple) -> tuple[tuple, tuple, tuple]:
+    """(kind, what comes before the address, what after) of a tensor's numbers."""
+    size = dtype.itemsize
+    return (dtype, len(shape)), (0, 0, math.prod(shape), size), (*shape, *[s * size for s in strides])
 
 
 def _parameters(args) -> list[type]:
@@ -176,10 +187,15 @@ def zeros(name: str, *shape: int, like: torch.Tensor) -> torch.Tensor:
 
 def addressable(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy where copies of 16 bytes cannot read it: gaps between columns, odd strides, expanded dimensions."""
-    size = x.element_size()
-    strides = [s * size for s, n in zip(x.stride()[:-1], x.shape[:-1]) if n > 1]
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+    fits = x.data_ptr() % 16 == 0 and _in_sixteens(x.dtype, x.shape, x.stride())
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(MOST_LAYOUTS)
+def _in_sixteens(dtype: torch.dtype, shape: tuple, strides: tuple) -> bool:
+    """Whether rows have no gaps between columns and begin at multiples of 16 bytes from one another."""
+    apart = [s * dtype.itemsize for s, n in zip(strides[:-1], shape[:-1]) if n > 1]
+    return strides[-1] == 1 and all(s > 0 and s % 16 == 0 for s in apart)
 
 
 BITS = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}

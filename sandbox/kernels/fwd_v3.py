@@ -152,9 +152,9 @@ def nearest_tiles(problem, device, most) -> list[Tile]:
         return neighbours(problem, Tile(128, 128 if d <= 128 else 96 if d <= 192 else 64), device)[:most]
     if d > 128:
         found = neighbours(problem, Tile(128, 112 if d <= 192 else 80 if d <= 208 else 64), device)
-        if d <= 160:
-            found.insert(1, Tile(192, 64))
-        return found[:most]
+        if d <= 160:  # few rows have been the fastest with few keys, many with more rows
+            found[1:1] = Tile(192, 64), Tile(128, 64)
+        return list(dict.fromkeys(found))[:most]
     known, heads = paces(d, problem.mask.banded), problem.B * problem.H
     section = shape_of(problem, 4 * max(1, problem.N_k) * problem.d).section
     tiles = nearest({tile: steps(problem, tile) for tile in known}, known, heads, section, device, min(most, 2))
