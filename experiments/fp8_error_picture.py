@@ -40,7 +40,7 @@ def draw(rows: list[dict]):
     last = rows[-1]
     shapes = dict.fromkeys(f"N={row['N']} d={row['d']} ({seeds(row)})" for row in rows if row["input"] == ENTRIES)
     where = [last["device"], "emulated in torch", *shapes]
-    where.append(f"revision {last['revision']}" if last["revision"] else "no revision")
+    where.append(picture.revision(rows))
     panels = [name for name in PANELS if any(swept(rows, *name)[V3_FP8].values())]
     bars = of(rows, "table3")
     width = 0.3 + (5.2 if bars else 0) + 3.6 * len(panels) + (1.2 if panels else 0)

@@ -192,7 +192,7 @@ def draw(rows: list[dict]):
     """TFLOP/s over N, a line a provider: no mask beside causal, a row of panels for each d."""
     last, there = rows[-1], dims(rows)
     where = [last["device"], "Gaussian input", "emulated" if emulated(rows) else f"{last['B'] * last['N']:,} tokens"]
-    where.append(f"revision {last['revision']}" if last["revision"] else "no revision")
+    where.append(picture.revision(rows))
     if not there:
         figure = picture.page(on_exactness(rows).rstrip("."), " · ".join(where), (12, 4.2))
         _errors(figure.add_axes((0.2, 0.16, 0.75, 0.58)), rows)

@@ -247,7 +247,7 @@ def table(rows: list[dict]) -> str:
 def draw(rows: list[dict]):
     """FLOPs a score by what they are for; their share of the time at 16 : 1; on a GPU, what the kernels save."""
     last = rows[-1]
-    where = [last["device"], f"revision {last['revision']}" if last["revision"] else "no revision"]
+    where = [last["device"], picture.revision(rows)]
     if not shown(rows):
         return picture.page("Nothing to compare", " · ".join(where), (12, 1.2))
     v1, v2 = shown(rows)

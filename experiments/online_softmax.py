@@ -197,8 +197,7 @@ def draw(rows: list[dict]):
     colors = {name: COLORS.get(name) or next(spare) for name in names}
     timed = {name: [row for row in of(rows, name).values() if row["seconds"]] for name in names}
     last = rows[-1]
-    where = f"{last['device']} · Gaussian input · {last['dtype']} · "
-    where += f"revision {last['revision']}" if last["revision"] else "no revision"
+    where = f"{last['device']} · Gaussian input · {last['dtype']} · {picture.revision(rows)}"
     figure = picture.page(_title(rows), where, (12, 2.0 + 0.55 * max(len(names), 5)))
     wide = not any(timed.values())
     axes = figure.add_axes((0.14, 0.14, 0.8 if wide else 0.32, 0.58))

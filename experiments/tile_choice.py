@@ -224,9 +224,7 @@ def draw(rows: list[dict]):
     Shapes that the chooser may have been tuned on since they were measured, only where there are no others."""
     ours = judged(rows)
     ours = [row for row in ours if untuned(row)] or ours
-    where = (
-        f"{rows[-1]['device']} · {rows[-1]['dtype']} · Gaussian input · revision {rows[-1]['revision'] or 'unknown'}"
-    )
+    where = f"{rows[-1]['device']} · {rows[-1]['dtype']} · Gaussian input · {picture.revision(ours or rows[-1:])}"
     if not ours:
         return picture.page("Nothing to compare: no tile ran and passed the gate", where, (12, 1.2))
     names = list(dict.fromkeys(row["variant"] for row in ours))

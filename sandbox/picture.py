@@ -55,8 +55,14 @@ def setup(row: dict) -> str:
     """Where a row was measured and on what, for the subtitle."""
     what = {"minilm": "real input (MiniLM)", "gauss": "Gaussian input"}[row["input"]]
     mask = "causal" if row["causal"] else "no mask"
-    revision = f"revision {row['revision']}" if row["revision"] else "no revision"
-    return f"{row['device']} · {what} · B={row['B']} H={row['H']} d={row['d']} {row['dtype']} · {mask} · {revision}"
+    size = f"B={row['B']} H={row['H']} d={row['d']}"
+    return f"{row['device']} · {what} · {size} {row['dtype']} · {mask} · {revision([row])}"
+
+
+def revision(rows: list[dict]) -> str:
+    """At which revision the rows were measured, or at which ones, for the subtitle."""
+    names = list(dict.fromkeys(row["revision"] for row in rows if row["revision"]))
+    return f"revision {' and '.join(names)}" if names else "no revision"
 
 
 def box(x, y, width, height, color, alpha=1.0):

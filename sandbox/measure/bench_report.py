@@ -109,8 +109,7 @@ def setup(rows: list[dict]) -> str:
     shapes = (("B·N", "B", "N_q"), ("H·d", "H", "d"))
     sizes = [(what, {row[x] * row[y] for row in rows}) for what, x, y in shapes]
     sizes = [f"{what}={', '.join(map(str, sorted(values)))}" for what, values in sizes]
-    revision = f"revision {first['revision']}" if first["revision"] else "no revision"
-    words = (first["device"], first["direction"], first["dtype"], *sizes, "Gaussian input", revision)
+    words = (first["device"], first["direction"], first["dtype"], *sizes, "Gaussian input", picture.revision(rows))
     return " · ".join(words) + " · speed: geometric mean"
 
 
