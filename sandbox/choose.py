@@ -30,8 +30,8 @@ def choose_tile(problem: Problem, device: Device, variant: Variant) -> Tile:
 
 
 def candidates(problem: Problem, device: Device, variant: Variant, most: int = FEW) -> list[Tile]:
-    """choose_tile's tile, and then the next by the same estimate, or neighbours of the first; every other one that fits,
-    where it is from a table.  Raises Infeasible where none fits."""
+    """choose_tile's tile, and then the next by the same estimate, or neighbours of the first; where it is from a table,
+    every other one that fits.  Raises Infeasible where none fits."""
     if variant.nearest is not None:
         return variant.nearest(problem, device, most)
     if variant.usual is not None:
