@@ -69,8 +69,7 @@ def _kept(file, tiles: Sequence[Tile]) -> Tile | None:
 def least(times: dict[Tile, timing.Timing]) -> Tile:
     """The tile of the least time, by the quantile that 20 % of the samples stay below.
 
-    On an H200 launches of some 10 µs come in two kinds, 0.6 µs apart, and a median may be of either; the quick kind
-    repeats to 1 %.
+    On an H200 the shortest launches come in two kinds, a quick and a slower one, and a median may be of either.
     """
     return min(times, key=lambda tile: times[tile].ms_p20)
 
