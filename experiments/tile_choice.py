@@ -2,8 +2,8 @@
 
 At each shape every tile of the kernel is timed, in turns, beside the chosen one.  The kernels on the tensor cores were
 tuned on others; those below were drawn at random (seed 20261204), and first met when they were recorded.  Each tile
-passes the gate at a small shape of its kind first.  Then the few that attention(tile="measured") would time are timed once more, and by
-the first times it is said how far from the best is the one that it would take.
+passes the gate at a small shape of its kind first.  Then the few that attention(tile="measured") would time are timed
+once more, and by the first times it is said how far from the best is the one that it would take.
 """
 
 from __future__ import annotations
